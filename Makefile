@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# The commands of a fresh machine: `make bench` and `make test`. Each makes .venv if needed, installs
+# the package with what it needs, and runs the job.
+#
+#   TORCH   which torch, as pip writes it: TORCH=torch==2.13.0. Default: any supported release, which
+#           is the newest one on a fresh machine.
+#   PYTHON  which Python makes .venv.
+#   ARGS    passed on: make bench ARGS=--paper, make test ARGS="-k gradcheck".
+
+TORCH ?= torch>=2.11
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Pinned: another version formats differently.
+LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
+
+.PHONY: bench test lint format wheel clean FORCE
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/attn.py $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: .venv/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: .venv/installed
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info vitadapter_ops/_cpu.* vitadapter_ops/_cuda.*
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# Holds the torch requirement, and is touched only when that changes.
+.venv/torch: FORCE .venv/bin/python
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+# torch first: the native libraries are compiled against it.
+.venv/installed: .venv/torch $(NATIVE)
+	$(PIP) "$(TORCH)" "setuptools>=77" ninja
+	$(PIP) --no-build-isolation --editable ".[test,bench]"
+	@touch $@
+
+.venv/lint: .venv/bin/python Makefile
+	$(PIP) $(LINT)
+	@touch $@

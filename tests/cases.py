@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of multi-scale deformable attention, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call."""
+
+    value: Tensor
+    spatial_shapes: list[tuple[int, int]]
+    sampling_locations: Tensor
+    attention_weights: Tensor
+    level_start_index: list[int] | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value, self.sampling_locations, self.attention_weights
+
+    def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
+        """A copy with value in `dtype`; locations and weights in `points`, or in `dtype`."""
+        points = points or dtype
+        return Inputs(
+            self.value.to(device, dtype),
+            self.spatial_shapes,
+            self.sampling_locations.to(device, points),
+            self.attention_weights.to(device, points),
+            self.level_start_index,
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape: B batch, Q queries, M heads, D channels per head, P points, and the levels."""
+
+    name: str
+    shapes: tuple[tuple[int, int], ...]
+    batch: int = 2
+    queries: int = 7
+    heads: int = 3
+    channels: int = 8
+    points: int = 4
+    starts: tuple[int, ...] | None = None
+    pixels: int | None = None
+    spread: float = 0.3  # how far beyond the map, as a fraction of it, locations may lie
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
+        """Random inputs, with every sampling point at least 0.05 pixels from a pixel's centre line.
+
+        On those lines the gradient of the location jumps, and a difference in the last bit of a
+        coordinate would show as a difference of the whole gradient.
+        """
+        g = torch.Generator().manual_seed(seed)
+        pixels = self.pixels or sum(h * w for h, w in self.shapes)
+        value = torch.randn(self.batch, pixels, self.heads, self.channels, generator=g)
+        size = (self.batch, self.queries, self.heads, len(self.shapes), self.points)
+        locations = torch.rand(*size, 2, generator=g, dtype=torch.float64)
+        locations = locations * (1 + 2 * self.spread) - self.spread
+        for level, (h, w) in enumerate(self.shapes):
+            scale = torch.tensor([w, h], dtype=torch.float64)
+            pixel = locations[:, :, :, level] * scale - 0.5
+            pixel = pixel.floor() + (pixel - pixel.floor()).clamp(0.05, 0.95)
+            locations[:, :, :, level] = (pixel + 0.5) / scale
+        weights = torch.rand(*size, generator=g, dtype=torch.float64)
+        weights = weights / weights.sum((3, 4), keepdim=True).clamp_min(1e-9)
+        return Inputs(
+            value.to(dtype),
+            list(self.shapes),
+            # Through fp32, so that the fp64 run sees the very locations of the fp32 run.
+            locations.float().to(dtype),
+            weights.float().to(dtype),
+            list(self.starts) if self.starts else None,
+        )
+
+
+SMALL = (
+    Case("one-of-everything", ((1, 1),), 1, 1, 1, 1, 1),
+    Case("row-map", ((1, 9),), channels=3),
+    Case("column-map", ((9, 1),), channels=5),
+    Case("three-levels", ((8, 12), (4, 6), (2, 3)), channels=8),
+    Case("five-levels", ((9, 7), (5, 4), (3, 2), (2, 1), (1, 1)), points=2, channels=16),
+    Case("odd-channels", ((5, 7), (3, 4)), channels=31),
+    Case("wide-channels", ((5, 7),), channels=71, queries=5),
+    Case("channels-12", ((6, 5), (3, 3)), channels=12),
+    Case("channels-64", ((6, 5),), channels=64),
+    Case("channels-128", ((4, 5),), channels=128, heads=2, queries=4),
+    Case("one-point", ((6, 6), (3, 3)), points=1),
+    Case("many-points", ((6, 6),), points=11),
+    Case("far-outside", ((4, 4), (2, 2)), spread=3.0),
+    Case("permuted-levels", ((4, 6), (2, 3)), starts=(6, 0)),
+    Case("overlapping-levels", ((4, 6), (4, 6), (2, 3)), starts=(0, 0, 10), pixels=24),
+    Case("gap-between-levels", ((2, 3), (2, 2)), starts=(1, 9), pixels=15),
+)
+
+
+def vit_adapter(size: str, image: int) -> tuple[Case, Case]:
+    """The injector and extractor of ViT-Adapter-S, -B or -L for a square image, batch 1."""
+    heads, channels = {"S": (6, 64), "B": (12, 32), "L": (16, 32)}[size]
+    grids = tuple((image // s, image // s) for s in (8, 16, 32))
+    tokens = sum(h * w for h, w in grids)
+    vit = grids[1][0] * grids[1][1]
+    name = f"{size}-{image}"
+    return (
+        Case(f"injector-{name}", grids, 1, vit, heads, channels, spread=0.05),
+        Case(f"extractor-{name}", grids[1:2], 1, tokens, heads, channels, spread=0.05),
+    )
+
+
+MODEL = tuple(case for size in "SBL" for case in vit_adapter(size, 512))
+ALL = SMALL + MODEL

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: fixed seeds, and the one place that decides what may be skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+import vitadapter_ops
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors start as NaN, so that reading what was never written shows."""
+    mode = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = mode
+
+
+def require_cuda() -> None:
+    """Skips without a GPU, unless FAIL_WITHOUT_CUDA says that there must be one."""
+    if not torch.cuda.is_available():
+        if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+            pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
+        pytest.skip("needs a GPU")
+
+
+def _backends() -> list[tuple[str, str]]:
+    """(device, backend): every backend on every device that there is, or must be."""
+    pairs = [("cpu", "reference"), ("cpu", "cpu")]
+    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+        pairs += [("cuda", "reference"), ("cuda", "cuda")]
+    return pairs
+
+
+@pytest.fixture(params=_backends(), ids=lambda pair: f"{pair[1]}-on-{pair[0]}")
+def backend(request) -> tuple[str, str]:
+    device, name = request.param
+    if device == "cuda":
+        require_cuda()
+    if name not in vitadapter_ops.available_backends():
+        if shutil.which(os.environ.get("CXX", "c++")) is not None:
+            pytest.fail(vitadapter_ops.explain_backend(device))
+        pytest.skip("needs a C++ compiler")
+    return device, name

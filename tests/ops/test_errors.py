@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: an error that names the argument, what was expected and what came."""
+
+import cases
+import pytest
+import torch
+
+from vitadapter_ops import BackendUnavailable, MSDeformAttn, explain_backend, ms_deform_attn
+
+CASE = cases.Case("errors", ((4, 6), (2, 3)))
+
+
+def call(**changes):
+    inputs = CASE.inputs().to(torch.float32)
+    arguments = {
+        "value": inputs.value,
+        "spatial_shapes": inputs.spatial_shapes,
+        "sampling_locations": inputs.sampling_locations,
+        "attention_weights": inputs.attention_weights,
+    }
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    return ms_deform_attn(**arguments)
+
+
+BAD = {
+    "value of rank 3": (
+        {"value": lambda v: v.flatten(2)},
+        r"value: expected 4 dimensions \[B, S, M, D\], got shape \[2, 30, 24\]",
+    ),
+    "locations of rank 5": (
+        {"sampling_locations": lambda t: t.flatten(3, 4)},
+        r"sampling_locations: expected 6 dimensions .* got shape \[2, 7, 3, 8, 2\]",
+    ),
+    "weights of rank 4": (
+        {"attention_weights": lambda t: t.flatten(3)},
+        r"attention_weights: expected 5 dimensions .* got shape \[2, 7, 3, 8\]",
+    ),
+    "weights for other points": (
+        {"attention_weights": lambda t: t[..., :3]},
+        r"attention_weights: expected \[2, 7, 3, 2, 4\] \(from sampling_locations\), "
+        r"got \[2, 7, 3, 2, 3\]",
+    ),
+    "locations of another batch": (
+        {"sampling_locations": lambda t: t[:1]},
+        r"sampling_locations: expected \[2, 7, 3, 2, 4, 2\] .* got \[1, 7, 3, 2, 4, 2\]",
+    ),
+    "locations of other heads": (
+        {"sampling_locations": lambda t: t[:, :, :2]},
+        r"sampling_locations: expected \[2, 7, 3, 2, 4, 2\]",
+    ),
+    "locations with three coordinates": (
+        {"sampling_locations": lambda t: torch.cat((t, t[..., :1]), -1)},
+        r"sampling_locations: expected \[2, 7, 3, 2, 4, 2\] .* got \[2, 7, 3, 2, 4, 3\]",
+    ),
+    "locations with another number of levels": (
+        {"spatial_shapes": [(5, 6)]},
+        r"sampling_locations: expected \[2, 7, 3, 1, 4, 2\] \(from value and spatial_shapes\)",
+    ),
+    "levels that do not sum to S": (
+        {"spatial_shapes": [(4, 6), (2, 2)]},
+        r"spatial_shapes: expected levels with 30 pixels in all \(value.shape\[1\]\), got 28",
+    ),
+    "no levels": ({"spatial_shapes": []}, r"spatial_shapes: expected at least one level"),
+    "a level without height": (
+        {"spatial_shapes": [(0, 6), (5, 6)]},
+        r"spatial_shapes\[0\]: expected H, W >= 1, got \(0, 6\)",
+    ),
+    "a level of floats": (
+        {"spatial_shapes": [(4.0, 6.0), (2, 3)]},
+        r"spatial_shapes: expected integers|spatial_shapes\[0\]: expected integers, got 4.0",
+    ),
+    "a flat list of sizes": (
+        {"spatial_shapes": [4, 6]},
+        r"spatial_shapes\[0\]: expected \(H, W\), got 4",
+    ),
+    "a float tensor of sizes": (
+        {"spatial_shapes": torch.tensor([[4.0, 6.0], [2.0, 3.0]])},
+        r"spatial_shapes: expected integers, got torch.float32",
+    ),
+    "a tensor of sizes of rank 1": (
+        {"spatial_shapes": torch.tensor([4, 6])},
+        r"spatial_shapes: expected a tensor \[L, 2\], got shape \[2\]",
+    ),
+    "a level that starts too late": (
+        {"level_start_index": [0, 25]},
+        r"level_start_index\[1\]: expected 2 x 3 pixels .* value.shape\[1\] = 30, got 25",
+    ),
+    "a level that starts before the value": (
+        {"level_start_index": [-1, 24]},
+        r"level_start_index\[0\]: .* got -1",
+    ),
+    "too few starts": (
+        {"level_start_index": [0]},
+        r"level_start_index: expected 2 entries \(from spatial_shapes\), got 1",
+    ),
+    "integer value": (
+        {"value": lambda v: v.long()},
+        r"value: expected dtype float64, float32, float16, bfloat16, got int64",
+    ),
+    "integer locations": (
+        {"sampling_locations": lambda t: t.int()},
+        r"sampling_locations: expected dtype float32 .* got int32",
+    ),
+    "16-bit locations beside fp32 values": (
+        {"sampling_locations": lambda t: t.bfloat16()},
+        r"sampling_locations: expected dtype float32 \(that of value, or float32\), got bfloat16",
+    ),
+    "weights of another 16-bit type": (
+        {"value": lambda v: v.half(), "attention_weights": lambda t: t.bfloat16()},
+        r"attention_weights: expected dtype float16, float32 .* got bfloat16",
+    ),
+    "mixed devices": (
+        {"attention_weights": lambda t: t.to("meta")},
+        r"attention_weights: expected device cpu \(from value\), got meta",
+    ),
+    "no heads": (
+        {"value": lambda v: v[:, :, :0], "sampling_locations": lambda t: t[:, :, :0]},
+        r"value: expected M, D >= 1, got shape \[2, 30, 0, 8\]",
+    ),
+    "unknown backend": (
+        {"backend": "cuda11"},
+        r"backend: expected one of auto, cuda, cpu, reference, got 'cuda11'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_argument(name):
+    changes, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_good_input_passes():
+    assert call().shape == (2, 7, 24)
+
+
+def test_a_list_is_not_a_tensor():
+    with pytest.raises(TypeError, match=r"value: expected a torch.Tensor, got list"):
+        call(value=[1.0])
+
+
+def test_backend_that_cannot_run_says_why():
+    message = r"backend 'cuda' cannot run: it needs tensors on cuda, these are on cpu"
+    with pytest.raises(BackendUnavailable, match=message):
+        call(backend="cuda")
+
+
+def test_explain_backend_has_a_line_for_every_backend():
+    text = explain_backend()
+    assert "chosen by auto" in text
+    for name in ("cuda", "cpu", "reference"):
+        assert f"\n  {name} " in text
+
+
+def test_raw_operator_never_reads_out_of_bounds():
+    inputs = CASE.inputs().to(torch.float32)
+    op = torch.ops.vitadapter_ops.ms_deform_attn
+    value, locations, weights = inputs.tensors
+    for shapes, starts in (
+        ([4, 6, 2, 3], [0, 25]),
+        ([4, 6, 2, 3], [-1, 24]),
+        ([4, 6, 2, 300], [0, 24]),
+        ([1 << 40, 1 << 40, 2, 3], [0, 24]),
+        ([4, 6, 2], [0, 24]),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            op(value, shapes, starts, locations, weights)
+
+
+BAD_MODULES = {
+    "heads that do not divide": ({"n_heads": 7}, r"n_heads: expected a divisor of d_model = 256"),
+    "ratio that leaves no width": ({"ratio": 0.001}, r"int\(ratio \* d_model\) = 0"),
+    "no points": ({"n_points": 0}, r"n_points: expected a positive number, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODULES)
+def test_bad_module_arguments(name):
+    changes, message = BAD_MODULES[name]
+    with pytest.raises(ValueError, match=message):
+        MSDeformAttn(**changes)
+
+
+BAD_FORWARDS = {
+    "query width": ({"query": torch.zeros(2, 5, 8)}, r"query: expected \[2, 5, 16\]"),
+    "input batch": ({"input_flatten": torch.zeros(1, 30, 16)}, r"input_flatten: expected \[2, 30"),
+    "levels": ({"input_spatial_shapes": [(5, 6)]}, r"input_spatial_shapes: expected 2 levels"),
+    "reference rank": ({"reference_points": torch.zeros(2, 5, 2)}, r"reference_points: expected 4"),
+    "reference size": (
+        {"reference_points": torch.zeros(2, 5, 3, 2)},
+        r"reference_points: expected \[2 or 1, 5, 2 or 1, 2 or 4\], got \[2, 5, 3, 2\]",
+    ),
+    "mask": (
+        {"input_padding_mask": torch.zeros(2, 29, dtype=torch.bool)},
+        r"input_padding_mask: expected \[2, 30\] \(from input_flatten\), got \[2, 29\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FORWARDS)
+def test_bad_module_inputs(name):
+    changes, message = BAD_FORWARDS[name]
+    module = MSDeformAttn(d_model=16, n_levels=2, n_heads=4)
+    arguments = {
+        "query": torch.zeros(2, 5, 16),
+        "reference_points": torch.zeros(2, 5, 1, 2),
+        "input_flatten": torch.zeros(2, 30, 16),
+        "input_spatial_shapes": [(4, 6), (2, 3)],
+    }
+    with pytest.raises(ValueError, match=message):
+        module(**{**arguments, **changes})

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSDeformAttn: published parameters, initialisation, and both kinds of reference points."""
+
+import math
+
+import pytest
+import torch
+
+from vitadapter_ops import MSDeformAttn, ms_deform_attn
+
+SHAPES = [(4, 6), (2, 3)]
+
+
+def module(**changes):
+    module = MSDeformAttn(**{"d_model": 16, "n_levels": 2, "n_heads": 4, "n_points": 3, **changes})
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=0.3)
+    torch.nn.init.normal_(module.attention_weights.weight, std=0.3)
+    return module
+
+
+def by_hand(m, query, reference, feature, mask=None):
+    """The module's chain of operations, written out in fp64 index by index."""
+    m = m.double()
+    query, reference, feature = query.double(), reference.double(), feature.double()
+    batch, queries, _ = query.shape
+    value = m.value_proj(feature)
+    if mask is not None:
+        value = value * (~mask).unsqueeze(-1)
+    value = value.view(batch, feature.shape[1], m.n_heads, -1)
+    size = (batch, queries, m.n_heads, m.n_levels, m.n_points)
+    offsets = m.sampling_offsets(query).view(*size, 2)
+    weights = m.attention_weights(query).view(*size[:3], -1).softmax(-1).view(size)
+    locations = torch.empty_like(offsets)
+    for level, (height, width) in enumerate(SHAPES):
+        for p in range(m.n_points):
+            point = reference[:, :, min(level, reference.shape[2] - 1)]
+            offset = offsets[:, :, :, level, p]
+            if reference.shape[-1] == 2:
+                step = offset / torch.tensor([width, height], dtype=torch.float64)
+            else:
+                step = offset / m.n_points * point[:, :, None, 2:] * 0.5
+            locations[:, :, :, level, p] = point[:, :, None, :2] + step
+    out = ms_deform_attn(value, SHAPES, locations, weights, backend="reference")
+    return m.output_proj(out)
+
+
+@pytest.mark.parametrize("reference", ["points", "boxes", "points-for-all-levels"])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_forward_equals_the_chain_by_hand(reference, ratio):
+    query, feature = torch.randn(2, 5, 16), torch.randn(2, 30, 16)
+    points = torch.rand(2, 5, 1 if "all" in reference else 2, 4 if reference == "boxes" else 2)
+    mask = torch.rand(2, 30) < 0.3
+    m = module(ratio=ratio)
+    got = m(query, points, feature, SHAPES, input_padding_mask=mask)
+    expected = by_hand(m, query, points, feature, mask)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_points_broadcast_over_the_batch():
+    m, query, feature = module(), torch.randn(3, 5, 16), torch.randn(3, 30, 16)
+    points = torch.rand(1, 5, 1, 2)
+    got = m(query, points, feature, SHAPES)
+    torch.testing.assert_close(got, m(query, points.expand(3, -1, 2, -1), feature, SHAPES))
+
+
+def test_state_dict_is_deformable_detrs():
+    shapes = {name: list(t.shape) for name, t in MSDeformAttn(ratio=0.5).state_dict().items()}
+    assert shapes == {
+        "sampling_offsets.weight": [256, 256],
+        "sampling_offsets.bias": [256],
+        "attention_weights.weight": [128, 256],
+        "attention_weights.bias": [128],
+        "value_proj.weight": [128, 256],
+        "value_proj.bias": [128],
+        "output_proj.weight": [256, 128],
+        "output_proj.bias": [256],
+    }
+
+
+def test_initial_points_lie_on_one_ray_per_head():
+    m = MSDeformAttn(d_model=64, n_levels=3, n_heads=8, n_points=4)
+    bias = m.sampling_offsets.bias.detach().view(8, 3, 4, 2)
+    for head in range(8):
+        angle = 2 * math.pi * head / 8
+        x, y = math.cos(angle), math.sin(angle)
+        longest = max(abs(x), abs(y))
+        for point in range(4):
+            expected = torch.tensor([x, y]) / longest * (point + 1)
+            for level in range(3):
+                torch.testing.assert_close(bias[head, level, point], expected)
+    assert (m.sampling_offsets.weight == 0).all()
+    assert (m.attention_weights.weight == 0).all()
+    assert (m.attention_weights.bias == 0).all()
+    bound = math.sqrt(6 / (64 + 64))
+    for linear in (m.value_proj, m.output_proj):
+        assert (linear.bias == 0).all()
+        assert linear.weight.abs().max() <= bound
+        torch.testing.assert_close(
+            linear.weight.std(), torch.tensor(bound / 3**0.5), rtol=0.1, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_whole_module_in_another_dtype(dtype):
+    m, points = module(), torch.rand(2, 5, 1, 2)
+    query, feature = torch.randn(2, 5, 16), torch.randn(2, 30, 16)
+    expected = m(query, points, feature, SHAPES)
+    got = m.to(dtype)(query.to(dtype), points, feature.to(dtype), SHAPES)
+    assert got.dtype == dtype
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def test_frozen_input_gets_no_gradient_and_parameters_do():
+    m, points = module(), torch.rand(2, 5, 1, 2)
+    query, feature = torch.randn(2, 5, 16, requires_grad=True), torch.randn(2, 30, 16)
+    m.value_proj.requires_grad_(False)
+    m(query, points, feature, SHAPES).square().sum().backward()
+    assert m.value_proj.weight.grad is None
+    assert query.grad.abs().sum() > 0
+    assert m.sampling_offsets.weight.grad.abs().sum() > 0

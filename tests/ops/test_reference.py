@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference is the definition: it equals plain loops and grid_sample, and its derivative."""
+
+import cases
+import oracles
+import pytest
+import torch
+from tolerances import assert_same_definition
+
+from vitadapter_ops import ms_deform_attn, reference
+
+
+def flat(inputs):
+    starts = inputs.level_start_index
+    if starts is None:
+        areas = [h * w for h, w in inputs.spatial_shapes]
+        starts = [sum(areas[:level]) for level in range(len(areas))]
+    return [side for size in inputs.spatial_shapes for side in size], starts
+
+
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_equals_plain_loops(case):
+    inputs = case.inputs()
+    got = reference.ms_deform_attn(
+        inputs.value, *flat(inputs), inputs.sampling_locations, inputs.attention_weights
+    )
+    assert_same_definition("output", got, oracles.plain_loops(inputs))
+
+
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_output_and_gradients_equal_grid_sample(case):
+    inputs = case.inputs()
+    tensors = [t.requires_grad_() for t in inputs.tensors]
+    shapes, starts = inputs.spatial_shapes, inputs.level_start_index
+    expected = oracles.grid_sample(tensors[0], shapes, *tensors[1:], starts)
+    cotangent = torch.randn_like(expected)
+    got = ms_deform_attn(
+        tensors[0], shapes, *tensors[1:], level_start_index=starts, backend="reference"
+    )
+    assert_same_definition("output", got, expected)
+    for name, a, b in zip(
+        ("value", "locations", "weights"),
+        torch.autograd.grad(got, tensors, cotangent),
+        torch.autograd.grad(expected, tensors, cotangent),
+        strict=True,
+    ):
+        assert_same_definition(f"gradient of {name}", a, b)
+
+
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_backward_equals_autograd_of_forward(case):
+    inputs = case.inputs()
+    tensors = [t.requires_grad_() for t in inputs.tensors]
+    shapes = flat(inputs)
+    out = reference.ms_deform_attn(tensors[0], *shapes, *tensors[1:])
+    cotangent = torch.randn_like(out)
+    expected = torch.autograd.grad(out, tensors, cotangent, allow_unused=True)
+    got = reference.ms_deform_attn_backward(
+        cotangent, tensors[0], *shapes, *tensors[1:], True, True, True
+    )
+    for name, a, b in zip(("value", "locations", "weights"), got, expected, strict=True):
+        assert_same_definition(f"gradient of {name}", a.detach(), b)

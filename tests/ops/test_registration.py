@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators as torch sees them: schema, fake, autograd, compile, export, autocast."""
+
+import cases
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitadapter_ops import MSDeformAttn, ms_deform_attn
+
+OPS = torch.ops.vitadapter_ops
+NAMES = ["ms_deform_attn", "ms_deform_attn_reference"]
+NEEDS = [(v, loc, w) for v in (True, False) for loc in (True, False) for w in (True, False)]
+OPCHECK_CASES = [case for case in cases.SMALL if case.pixels is None and case.starts is None]
+
+
+def op_arguments(case, dtype=torch.float32):
+    inputs = case.inputs().to(dtype)
+    starts, total = [], 0
+    for height, width in inputs.spatial_shapes:
+        starts.append(total)
+        total += height * width
+    shapes = [side for size in inputs.spatial_shapes for side in size]
+    return [inputs.value, shapes, starts, inputs.sampling_locations, inputs.attention_weights]
+
+
+def dense_permuted(tensor):
+    """The same values with the strides of another order of dimensions, without gaps."""
+    order = list(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_forward(name, case, permuted):
+    arguments = op_arguments(case)
+    for i in (0, 3, 4):
+        if permuted:
+            arguments[i] = dense_permuted(arguments[i])
+        arguments[i] = arguments[i].requires_grad_()
+    torch.library.opcheck(getattr(OPS, name).default, tuple(arguments))
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_backward(name, needs, permuted):
+    case = cases.SMALL[3]
+    arguments = op_arguments(case)
+    grad = torch.randn(case.batch, case.queries, case.heads * case.channels)
+    if permuted:
+        grad = dense_permuted(grad)
+        arguments = [dense_permuted(a) if torch.is_tensor(a) else a for a in arguments]
+    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, (grad, *arguments, *needs))
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_gradients_that_are_not_needed_are_not_computed(backend, needs):
+    device, name = backend
+    inputs = cases.SMALL[3].inputs().to(torch.float32, device)
+    asked = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.__name__.endswith("_backward.default"):
+                asked.append((args[-3:], [t.numel() for t in result]))
+            return result
+
+    def grads(needs):
+        tensors = [
+            t.detach().requires_grad_(need) for t, need in zip(inputs.tensors, needs, strict=True)
+        ]
+        out = ms_deform_attn(tensors[0], inputs.spatial_shapes, *tensors[1:], backend=name)
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
+        return [t.grad for t in tensors]
+
+    everything = grads((True, True, True))
+    with Record():
+        got = grads(needs)
+    if not any(needs):
+        assert asked == []
+        return
+    ((flags, sizes),) = asked
+    assert tuple(flags) == needs
+    for tensor, need, size, grad, full in zip(
+        inputs.tensors, needs, sizes, got, everything, strict=True
+    ):
+        assert size == (tensor.numel() if need else 0)
+        assert (grad is not None) == need
+        if need:
+            torch.testing.assert_close(grad, full)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.SMALL if c.channels <= 16], ids=str)
+def test_gradcheck(backend, case):
+    device, name = backend
+    inputs = case.inputs(seed=1).to(torch.float64, device)
+
+    def function(value, locations, weights):
+        return ms_deform_attn(
+            value,
+            inputs.spatial_shapes,
+            locations,
+            weights,
+            level_start_index=inputs.level_start_index,
+            backend=name,
+        )
+
+    tensors = tuple(t.requires_grad_() for t in inputs.tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=case.channels > 3)
+
+
+def test_second_order_gradients_are_refused(backend):
+    device, name = backend
+    inputs = cases.SMALL[3].inputs().to(torch.float64, device)
+    tensors = [t.requires_grad_() for t in inputs.tensors]
+    out = ms_deform_attn(tensors[0], inputs.spatial_shapes, *tensors[1:], backend=name)
+    grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second-order"):
+        sum(grad.sum() for grad in grads).backward()
+
+
+def two_level_model(feature, head_width):
+    """Levels and queries from one feature map, as a model makes them; sizes stay symbolic."""
+    batch, _, height, width = feature.shape
+    fine = feature.flatten(2).transpose(1, 2)
+    coarse = feature[:, :, ::2, ::2]
+    shapes = [(height, width), tuple(coarse.shape[2:])]
+    value = torch.cat((fine, coarse.flatten(2).transpose(1, 2)), 1)
+    value = value.unflatten(2, (-1, head_width))
+    queries, heads = fine.shape[1], value.shape[2]
+    locations = torch.sigmoid(fine[..., :1]).view(batch, queries, 1, 1, 1, 1)
+    locations = locations.expand(batch, queries, heads, 2, 4, 2) * 0.9
+    weights = torch.full_like(locations[..., 0], 0.125)
+    return ms_deform_attn(value, shapes, locations, weights)
+
+
+def test_compile_fullgraph_serves_two_image_sizes_with_one_graph():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(two_level_model, fullgraph=True, dynamic=True, backend=counter)
+    for height, width in ((8, 12), (14, 10), (16, 6)):
+        feature = torch.randn(2, 24, height, width, requires_grad=True)
+        expected = two_level_model(feature, 8)
+        got = compiled(feature, 8)
+        torch.testing.assert_close(got, expected)
+        (grad,) = torch.autograd.grad(got.sum(), feature)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), feature)
+        torch.testing.assert_close(grad, expected_grad)
+    assert counter.frame_count == 1
+
+
+def test_compile_fullgraph_of_the_module_with_inductor():
+    torch._dynamo.reset()
+    module = MSDeformAttn(d_model=24, n_levels=2, n_heads=3, n_points=2)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for height, width in ((4, 6), (8, 5)):
+        shapes = [(height, width), (height // 2, width // 2)]
+        pixels = sum(h * w for h, w in shapes)
+        query, reference = torch.randn(2, 5, 24), torch.rand(2, 5, 1, 2)
+        feature = torch.randn(2, pixels, 24, requires_grad=True)
+        got = compiled(query, reference, feature, shapes)
+        expected = module(query, reference, feature, shapes)
+        torch.testing.assert_close(got, expected)
+        (grad,) = torch.autograd.grad(got.sum(), feature)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), feature)
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_export_keeps_the_operator():
+    module = MSDeformAttn(d_model=24, n_levels=1, n_heads=3, n_points=2).eval()
+    arguments = (torch.randn(1, 5, 24), torch.rand(1, 5, 1, 2), torch.randn(1, 12, 24), [(3, 4)])
+    program = torch.export.export(module, arguments)
+    assert any(node.target is OPS.ms_deform_attn.default for node in program.graph.nodes), (
+        program.graph
+    )
+    torch.testing.assert_close(program.module()(*arguments), module(*arguments))
+
+
+def test_cpu_autocast_to_bf16():
+    module = MSDeformAttn(d_model=32, n_levels=1, n_heads=4)
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=0.1)
+    # 167 pixels wide: bf16 locations would be off by 0.1 pixels on average here.
+    query, feature = torch.randn(1, 9, 32), torch.randn(1, 2 * 167, 32)
+    reference = torch.rand(1, 9, 1, 2)
+    expected = module(query, reference, feature, [(2, 167)])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(query, reference, feature, [(2, 167)])
+    assert got.dtype == torch.bfloat16
+    # Four roundings to bf16 on the way: value, offsets, the operator's output, the projection.
+    error = (got.float() - expected).norm() / expected.norm()
+    assert error < 4 * torch.finfo(torch.bfloat16).eps
+    got.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_gil_is_released_and_threads_agree(backend):
+    from concurrent.futures import ThreadPoolExecutor
+
+    device, name = backend
+    inputs = cases.SMALL[3].inputs().to(torch.float32, device)
+
+    def call(_):
+        value, locations, weights = inputs.tensors
+        return ms_deform_attn(value, inputs.spatial_shapes, locations, weights, backend=name)
+
+    expected = call(0)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(call, range(64)):
+            assert torch.equal(got, expected)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every numerical tolerance of the tests, and where it comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A backend may be this many times further from the fp64 result than eager torch at its dtype.
+EAGER_FACTOR = 2.0
+
+# ... plus this many units in the last place of the largest result, for the cases in which eager
+# torch happens to be exact. One unit is one rounding of the output.
+FLOOR_ULPS = 2.0
+
+# fp64 against an independent fp64 definition: both sum at most 5 x 11 points of 4 corners in their
+# own order; measured at most 3 units in the last place of the largest result.
+DEFINITION_ULPS = 16.0
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Holds `got` to EAGER_FACTOR times the error of `eager`; `exact` is fp64."""
+    assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
+    assert got.isfinite().all(), f"{name}: not finite"
+    if exact.numel() == 0:
+        return
+    error = (got.double() - exact).abs().max().item()
+    eager_error = (eager.double() - exact).abs().max().item()
+    floor = FLOOR_ULPS * eps(got.dtype) * exact.abs().max().item()
+    assert error <= EAGER_FACTOR * eager_error + floor, (
+        f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}, floor {floor:.3g}"
+    )
+
+
+def assert_same_definition(name: str, got: Tensor, exact: Tensor) -> None:
+    """Holds an fp64 result to an independent fp64 result."""
+    assert got.dtype == exact.dtype == torch.float64
+    bound = DEFINITION_ULPS * eps(torch.float64) * max(exact.abs().max().item(), 1e-300)
+    error = (got - exact).abs().max().item()
+    assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-scale deformable attention for PyTorch: `ms_deform_attn` and the module `MSDeformAttn`."""
+
+from . import _extension
+from . import _ops as _ops  # registers the operators
+from ._dispatch import BackendUnavailable, available_backends, explain_backend
+from .functional import ms_deform_attn
+from .modules import MSDeformAttn
+
+__all__ = [
+    "BackendUnavailable",
+    "MSDeformAttn",
+    "available_backends",
+    "explain_backend",
+    "ms_deform_attn",
+]
+
+_extension.load_prebuilt()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a call, and why. One predicate per backend selects, explains and raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import _extension
+
+_MAX_LEVELS = 64  # csrc/params.h: kMaxLevels
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice depends on: device type, dtype of value, number of levels."""
+
+    device: str
+    dtype: torch.dtype
+    levels: int = 1
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Attributes:
+        name: what users call it.
+        op: its operator in torch.ops.vitadapter_ops.
+        can_run: None, or the reason why it cannot run a call.
+    """
+
+    name: str
+    op: str
+    can_run: Callable[[Call], str | None]
+
+
+def _native(device: str) -> Callable[[Call], str | None]:
+    def can_run(call: Call) -> str | None:
+        if call.device != device:
+            return f"it needs tensors on {device}, these are on {call.device}"
+        if call.levels > _MAX_LEVELS:
+            return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
+        library = _extension.load(device)
+        if library.origin is None:
+            return f"its library is not available: {library.error}"
+        return None
+
+    return can_run
+
+
+def _always(call: Call) -> str | None:
+    return None
+
+
+# In the order in which `auto` tries them.
+BACKENDS = (
+    Backend("cuda", "ms_deform_attn", _native("cuda")),
+    Backend("cpu", "ms_deform_attn", _native("cpu")),
+    Backend("reference", "ms_deform_attn_reference", _always),
+)
+
+_chosen: dict[tuple[str, Call], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: str, dtype: torch.dtype, levels: int) -> str:
+    """The operator that serves a call; compiles the native library if this is its first use.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendUnavailable: the backend that was asked for cannot run.
+    """
+    call = Call(device, dtype, levels)
+    op = _chosen.get((backend, call))
+    if op is None:
+        op = _chosen[backend, call] = _find(backend, call).op
+    return op
+
+
+def _find(backend: str, call: Call) -> Backend:
+    if backend == "auto":
+        return next(candidate for candidate in BACKENDS if candidate.can_run(call) is None)
+    for candidate in BACKENDS:
+        if candidate.name == backend:
+            reason = candidate.can_run(call)
+            if reason is not None:
+                raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}")
+            return candidate
+    names = ", ".join(["auto", *(candidate.name for candidate in BACKENDS)])
+    raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+
+
+def available_backends() -> list[str]:
+    """The backends that can run on this machine, in the order in which `auto` tries them.
+
+    Compiles the native libraries if they are neither prebuilt nor cached.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [
+        backend.name
+        for backend in BACKENDS
+        if any(backend.can_run(Call(device, torch.float32)) is None for device in devices)
+    ]
+
+
+def explain_backend(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """Says, a line for each backend, which one `auto` takes and why the others do not run.
+
+    Args:
+        device: where the tensors are.
+        dtype: the dtype of value.
+    """
+    call = Call(torch.device(device).type, dtype)
+    chosen = _find("auto", call)
+    lines = [f"ms_deform_attn on {call.device}, {str(dtype).removeprefix('torch.')}:"]
+    for backend in BACKENDS:
+        reason = backend.can_run(call)
+        if reason is not None:
+            state = f"cannot run: {reason}"
+        elif backend is chosen:
+            state = "chosen by auto" + _detail(backend.name)
+        else:
+            state = "can run"
+        lines.append(f"  {backend.name:<10} {state}")
+    return "\n".join(lines)
+
+
+def _detail(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        return ""
+    library = _extension.load(name)
+    isa = f", {_extension.cpu_instruction_set()} kernels" if name == "cpu" else ""
+    return f" ({library.origin} library{isa})"

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native libraries: prebuilt, or compiled at first use, or a remembered reason why not."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import _build
+
+_PACKAGE = Path(__file__).parent
+_lock = threading.RLock()
+_libraries: dict[str, Library] = {}
+
+
+@dataclass(frozen=True)
+class Library:
+    """What became of one device's library.
+
+    Attributes:
+        origin: "prebuilt" or "JIT" when it is loaded, otherwise None.
+        path: the loaded file.
+        error: why it is not loaded, or why a prebuilt one had to be replaced by JIT.
+    """
+
+    origin: str | None
+    path: Path | None = None
+    error: str | None = None
+
+
+def source_dir() -> Path:
+    """The folder of the kernels' source: inside a wheel's package, beside it in a checkout."""
+    packaged = _PACKAGE / "csrc"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "csrc"
+
+
+def load(device: str) -> Library:
+    """Loads the library for "cpu" or "cuda", compiling it if needed. Tried once per process."""
+    with _lock:
+        if device not in _libraries:
+            _libraries[device] = _load_prebuilt(device) or _load_jit(device)
+        return _libraries[device]
+
+
+def load_prebuilt() -> None:
+    """Loads the libraries that were built at installation; called at import, compiles nothing."""
+    with _lock:
+        for device in _build.SOURCES:
+            library = _load_prebuilt(device)
+            if library is not None and library.origin is not None:
+                _libraries[device] = library
+
+
+def is_loaded(device: str) -> bool:
+    """Whether the library is in this process already, so that `load` costs nothing."""
+    return device in _libraries and _libraries[device].origin is not None
+
+
+def why_no_jit(device: str) -> str | None:
+    """None when the library can be compiled here, or else what is missing."""
+    if device == "cuda":
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        reason = _build.why_no_cuda_build(torch.version.cuda, CUDA_HOME)
+        if reason is not None:
+            return reason
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) was found; install one or set CXX"
+    try:
+        from torch.utils.cpp_extension import verify_ninja_availability
+
+        verify_ninja_availability()
+    except RuntimeError:
+        return "ninja was not found; pip install ninja"
+    if not source_dir().is_dir():
+        return f"the kernels' source is not at {source_dir()}"
+    return None
+
+
+def _load_prebuilt(device: str) -> Library | None:
+    if device == "cuda" and torch.version.cuda is None:
+        return None
+    for path in sorted(_PACKAGE.glob(f"_{device}.*")):
+        if path.suffix in (".so", ".pyd", ".dylib"):
+            try:
+                torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+            except OSError as error:
+                return Library(None, path, f"{path.name} does not load: {error}")
+            return Library("prebuilt", path)
+    return None
+
+
+def _load_jit(device: str) -> Library:
+    reason = why_no_jit(device)
+    if reason is not None:
+        return Library(None, error=reason)
+    from torch.utils import cpp_extension
+
+    source = source_dir()
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    # One build folder per content, so that two installations never rebuild each other's library.
+    name = f"vitadapter_ops_{device}_{digest}"
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    first = not any(folder.glob(f"{name}*.so"))
+    if first:
+        print(
+            f"vitadapter_ops: compiling the {device} kernels for this machine, once "
+            f"(seconds for cpu, a minute for cuda; kept in {folder})",
+            file=sys.stderr,
+        )
+    start = time.perf_counter()
+    try:
+        path = cpp_extension.load(
+            name,
+            [str(source / file) for file in _build.SOURCES[device]],
+            extra_cflags=_build.CXX_FLAGS,
+            extra_cuda_cflags=_build.NVCC_FLAGS,
+            with_cuda=device == "cuda",
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        return Library(None, error=f"compiling failed: {error}")
+    if first:
+        print(f"vitadapter_ops: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return Library("JIT", Path(path) if path else folder / f"{name}.so")
+
+
+def cpu_instruction_set() -> str | None:
+    """Which instruction set's kernels the loaded CPU library runs, or None without the library."""
+    library = _libraries.get("cpu")
+    if library is None or library.origin is None:
+        return None
+    function = ctypes.CDLL(str(library.path)).vitadapter_ops_cpu_isa
+    function.restype = ctypes.c_char_p
+    return str(function().decode())

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-scale deformable attention as a module, with the parameters published models have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from .functional import ms_deform_attn
+from .reference import compute_dtype
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its four projections (Zhu et al., ICLR 2021, sec. 4.1).
+
+    The state_dict keys, shapes and initialisation are those of Deformable DETR: Linear layers
+    `sampling_offsets`, `attention_weights`, `value_proj` and `output_proj`. Initially the points of
+    a head lie on a ray, 1 to n_points pixels from the reference, all with equal weight.
+
+    Args:
+        d_model: channels of the queries and of the input, C.
+        n_levels: feature levels, L.
+        n_heads: attention heads, M; divides d_model and int(ratio * d_model).
+        n_points: sampling points of each head on each level, P.
+        ratio: width of the values relative to d_model (ViT-Adapter uses 0.5 in its larger models).
+
+    Raises:
+        ValueError: an argument is not positive, or n_heads does not divide the widths.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+        ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, number in (
+            ("d_model", d_model),
+            ("n_levels", n_levels),
+            ("n_heads", n_heads),
+            ("n_points", n_points),
+            ("ratio", ratio),
+        ):
+            if not number > 0:
+                raise ValueError(f"{name}: expected a positive number, got {number}")
+        d_value = int(ratio * d_model)
+        if d_model % n_heads or d_value % n_heads or d_value == 0:
+            raise ValueError(
+                f"n_heads: expected a divisor of d_model = {d_model} and of "
+                f"int(ratio * d_model) = {d_value}, got {n_heads}"
+            )
+        self.d_model = d_model
+        self.n_levels = n_levels
+        self.n_heads = n_heads
+        self.n_points = n_points
+        self.ratio = ratio
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_value)
+        self.output_proj = nn.Linear(d_value, d_model)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for linear in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        # One direction per head, scaled so that its larger coordinate is 1; point p is p + 1 pixels
+        # out. Computed in fp32 on the CPU, then copied, so that any dtype and device gets the same.
+        angle = torch.arange(self.n_heads, dtype=torch.float32, device="cpu")
+        angle = angle * (2.0 * math.pi / self.n_heads)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.n_points + 1, dtype=torch.float32, device="cpu")
+        grid = direction.view(-1, 1, 1, 2) * steps.view(1, 1, -1, 1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(grid.expand(-1, self.n_levels, -1, -1).flatten())
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: _checks.SpatialShapes,
+        input_level_start_index: Sequence[int] | Tensor | None = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from `query` to sampled points of `input_flatten`.
+
+        Locations and softmax are computed in fp32 (fp64 for fp64) whatever the precision of the
+        projections, so that autocast and half precision lose no sampling accuracy.
+
+        Args:
+            query: [B, Q, C].
+            reference_points: [B or 1, Q, L or 1, 2]: (x, y) as fractions, offsets in pixels of the
+                level; or [..., 4]: boxes (x, y, w, h), offsets in units of half a box per point.
+            input_flatten: [B, S, C], the levels concatenated.
+            input_spatial_shapes: (H, W) of each level; a tensor [L, 2] costs a synchronisation.
+            input_level_start_index: first pixel of each level along S; None: consecutive levels.
+            input_padding_mask: [B, S] bool, True where the input is padding and reads as zero.
+
+        Returns:
+            [B, Q, C].
+
+        Raises:
+            ValueError: shapes disagree (names the argument, expected and got).
+        """
+        _checks.rank("query", query, "B, Q, C")
+        _checks.rank("input_flatten", input_flatten, "B, S, C")
+        batch, queries, _ = query.shape
+        pixels = input_flatten.shape[1]
+        _checks.shape("query", query, (batch, queries, self.d_model), "d_model")
+        _checks.shape("input_flatten", input_flatten, (batch, pixels, self.d_model), "query")
+        sizes, starts = _checks.levels(input_spatial_shapes, input_level_start_index, pixels)
+        if len(sizes) != self.n_levels:
+            raise ValueError(
+                f"input_spatial_shapes: expected {self.n_levels} levels (n_levels), "
+                f"got {len(sizes)}"
+            )
+        self._check_reference_points(reference_points, batch, queries)
+
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            _checks.shape(
+                "input_padding_mask", input_padding_mask, (batch, pixels), "input_flatten"
+            )
+            value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
+        value = value.view(batch, pixels, self.n_heads, -1)
+        compute = compute_dtype(value.dtype)
+        points = (batch, queries, self.n_heads, self.n_levels, self.n_points)
+        offsets = self.sampling_offsets(query).view(*points, 2).to(compute)
+        logits = self.attention_weights(query).to(compute)
+        weights = logits.view(*points[:3], -1).softmax(-1).view(points)
+
+        # [B or 1, Q, 1, L or 1, 1, 2 | 4]
+        reference = reference_points.to(compute)[:, :, None, :, None, :]
+        if reference_points.shape[-1] == 2:
+            # Filled on the device: a tensor made from Python numbers would be copied from the host.
+            scale = torch.cat(
+                [
+                    offsets.new_full((1,), side)
+                    for height, width in sizes
+                    for side in (width, height)
+                ]
+            ).view(self.n_levels, 1, 2)
+            locations = reference + offsets / scale
+        else:
+            locations = reference[..., :2] + offsets * (reference[..., 2:] * 0.5 / self.n_points)
+        out = ms_deform_attn(value, sizes, locations, weights, level_start_index=starts)
+        return self.output_proj(out)
+
+    def _check_reference_points(self, points: Tensor, batch: int, queries: int) -> None:
+        _checks.rank("reference_points", points, "B, Q, L, 2 or 4")
+        if (
+            points.shape[0] not in (1, batch)
+            or points.shape[1] != queries
+            or points.shape[2] not in (1, self.n_levels)
+            or points.shape[3] not in (2, 4)
+        ):
+            raise ValueError(
+                f"reference_points: expected [{batch} or 1, {queries}, {self.n_levels} or 1, "
+                f"2 or 4], got {list(points.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return (
+            f"d_model={self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, "
+            f"n_points={self.n_points}, ratio={self.ratio}"
+        )
