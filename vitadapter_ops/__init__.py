@@ -4,12 +4,14 @@
 from . import _extension
 from . import _ops as _ops  # registers the operators
 from ._dispatch import BackendUnavailable, available_backends, explain_backend
+from ._version import __version__
 from .functional import ms_deform_attn
 from .modules import MSDeformAttn
 
 __all__ = [
     "BackendUnavailable",
     "MSDeformAttn",
+    "__version__",
     "available_backends",
     "explain_backend",
     "ms_deform_attn",

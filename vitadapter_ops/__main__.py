@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
 
-from . import available_backends, explain_backend
+from . import __version__, available_backends, explain_backend
 
 
 def main() -> None:
     """Prints versions, devices and the choice of backend for each device."""
-    version = importlib.metadata.version("vitadapter")
-    print(f"vitadapter {version}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(
+        f"vitadapter {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     print(f"CPU threads: {torch.get_num_threads()}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -129,7 +130,7 @@ def _load_jit(device: str) -> Library:
             with_cuda=device == "cuda",
             is_python_module=False,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return Library(None, error=f"compiling failed: {error}")
     if first:
         print(f"vitadapter_ops: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
