@@ -59,7 +59,7 @@ def native_libraries() -> dict[str, Any]:
             ["c10", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
             {"cxx": build["CXX_FLAGS"], "nvcc": build["NVCC_FLAGS"]},
         )
-        cuda.library_dirs = [*library_dirs, f"{cpp_extension.CUDA_HOME}/lib64"]
+        cuda.library_dirs = [*library_dirs, *build["cuda_library_dirs"](cpp_extension.CUDA_HOME)]
         extensions.append(cuda)
     else:
         print(f"vitadapter: the CUDA library is not built: {why_not}")

@@ -53,6 +53,27 @@ def nvcc_version(cuda_home: str | None) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def cuda_library_dirs(cuda_home: str) -> list[str]:
+    """Where the CUDA runtime's libraries are.
+
+    Asked of nvcc itself: what torch takes for CUDA_HOME is only the folder of an nvcc on the PATH,
+    which may be a wrapper or a link to a toolkit elsewhere.
+    """
+    text = subprocess.run(
+        [str(Path(cuda_home) / "bin" / "nvcc"), "--dryrun", "-c", "unused.cu"],
+        capture_output=True,
+        text=True,
+    ).stderr
+    match = re.search(r"_HERE_=(\S+)", text)
+    roots = [Path(match[1]).parent] if match else []
+    folders = [
+        folder
+        for root in [*roots, Path(cuda_home)]
+        for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib"))
+    ]
+    return [str(folder) for folder in folders if any(folder.glob("libcudart*"))]
+
+
 def why_no_cuda_build(torch_cuda: str | None, cuda_home: str | None) -> str | None:
     """None when the CUDA library can be built for this torch, or else the reason why not."""
     if torch_cuda is None:

@@ -127,6 +127,7 @@ def _load_jit(device: str) -> Library:
             [str(source / file) for file in _build.SOURCES[device]],
             extra_cflags=_build.CXX_FLAGS,
             extra_cuda_cflags=_build.NVCC_FLAGS,
+            extra_ldflags=_link_flags(device),
             with_cuda=device == "cuda",
             is_python_module=False,
         )
@@ -135,6 +136,14 @@ def _load_jit(device: str) -> Library:
     if first:
         print(f"vitadapter_ops: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return Library("JIT", Path(path) if path else folder / f"{name}.so")
+
+
+def _link_flags(device: str) -> list[str]:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if device != "cuda" or CUDA_HOME is None:
+        return []
+    return [f"-L{folder}" for folder in _build.cuda_library_dirs(CUDA_HOME)]
 
 
 def cpu_instruction_set() -> str | None:
