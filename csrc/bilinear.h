@@ -6,10 +6,10 @@
 // height, the centre of pixel (row i, column j) lies at ((j + 0.5) / W, (i + 0.5) / H), and the map
 // is zero outside: grid_sample with align_corners=False and padding_mode="zeros".
 //
-//        x0      x0+1
-//   y0   [0]-----[1]      corners, in this order everywhere
-//         | fy  .  |      fx, fy: the point's distance from corner 0, in [0, 1)
-//  y0+1  [2]-----[3]
+//            column[0]  column[1]
+//   row[0]      [0]-------[1]        corners, in this order everywhere:
+//                |  .      |         corner k lies at row[k / 2], column[k % 2]
+//   row[1]      [2]-------[3]
 #pragma once
 
 #include <cstdint>
@@ -23,48 +23,52 @@
 
 namespace vitadapter {
 
+// Separable: the weight of corner k is wy[k / 2] * wx[k % 2], its derivative by x in pixels
+// wy[k / 2] * dx[k % 2], by y dy[k / 2] * wx[k % 2]. A row or column outside the map has weight and
+// derivative 0, and its index is that of the neighbour inside: it can always be read, and reads
+// nothing that the point does not touch anyway.
 template <typename T>
 struct Footprint {
-  bool valid[4];     // the corner is a pixel of the map
-  int64_t pixel[4];  // row-major index of the corner in the level; 0 where not valid
-  T weight[4];       // bilinear weight; 0 where not valid
-  T fx, fy;
+  bool inside;  // the point touches the map; if not, all of the following is to be ignored
+  int32_t column[2], row[2];
+  T wx[2], wy[2];
+  T dx[2], dy[2];
 };
 
-// Places a location on a level. False when the point touches no pixel, which includes every
-// non-finite coordinate: such a point contributes nothing and receives no gradient. The test is
-// made in floating point, before any conversion to an integer can overflow.
+// One axis of a footprint; x in pixels, -1 < x < size.
 template <typename T>
-VITADAPTER_HD bool locate(T loc_x, T loc_y, int64_t height, int64_t width, Footprint<T>& f) {
-  const T x = loc_x * static_cast<T>(width) - static_cast<T>(0.5);
-  const T y = loc_y * static_cast<T>(height) - static_cast<T>(0.5);
-  if (!(x > T(-1) && y > T(-1) && x < static_cast<T>(width) && y < static_cast<T>(height))) {
-    return false;
-  }
+VITADAPTER_HD void place_on_axis(T x, int32_t size, int32_t index[2], T weight[2],
+                                 T derivative[2]) {
   // floor: truncation rounds the one negative pixel, -1, up.
-  const int64_t x0 = static_cast<int64_t>(x) - (x < 0);
-  const int64_t y0 = static_cast<int64_t>(y) - (y < 0);
-  f.fx = x - static_cast<T>(x0);
-  f.fy = y - static_cast<T>(y0);
-  // The upper bound too: a width above 2^24 rounds in fp32, and x may reach it.
-  const bool left = x0 >= 0 && x0 < width, right = x0 + 1 < width;
-  const bool top = y0 >= 0 && y0 < height, bottom = y0 + 1 < height;
-  f.valid[0] = top && left;
-  f.valid[1] = top && right;
-  f.valid[2] = bottom && left;
-  f.valid[3] = bottom && right;
-  const T wx[2] = {T(1) - f.fx, f.fx};
-  const T wy[2] = {T(1) - f.fy, f.fy};
-  for (int k = 0; k < 4; ++k) {
-    f.pixel[k] = f.valid[k] ? (y0 + (k >> 1)) * width + x0 + (k & 1) : 0;
-    f.weight[k] = f.valid[k] ? wy[k >> 1] * wx[k & 1] : T(0);
-  }
-  return true;
+  const int32_t low = static_cast<int32_t>(x) - (x < T(0) ? 1 : 0);
+  const int32_t high = low + 1;
+  const T fraction = x - static_cast<T>(low);
+  // Sizes above 2^24 round in fp32, so that low may reach size: hence both bounds for both.
+  const bool low_in = low >= 0 && low < size, high_in = high < size;
+  index[0] = low < 0 ? 0 : (low < size ? low : size - 1);
+  index[1] = high_in ? high : size - 1;
+  weight[0] = low_in ? T(1) - fraction : T(0);
+  weight[1] = high_in ? fraction : T(0);
+  derivative[0] = low_in ? T(-1) : T(0);
+  derivative[1] = high_in ? T(1) : T(0);
 }
 
-// Gradients of one point from s[k] = <grad_out, value at corner k>, with s[k] = 0 where corner k is
-// not valid:   d sample / d w = sum_k weight[k] s[k],
-//              d sample / d x = (1 - fy) (s1 - s0) + fy (s3 - s2),   per pixel, and likewise for y.
+// Places a location on a level. No branches, so that a loop over points can be vectorised. Outside
+// the map lies every point that touches no pixel, and every non-finite coordinate: the test is made
+// in floating point, before any conversion to an integer could overflow.
+template <typename T>
+VITADAPTER_HD Footprint<T> footprint(T loc_x, T loc_y, int32_t height, int32_t width) {
+  const T w = static_cast<T>(width), h = static_cast<T>(height);
+  const T x = loc_x * w - static_cast<T>(0.5);
+  const T y = loc_y * h - static_cast<T>(0.5);
+  Footprint<T> f;
+  f.inside = (x > T(-1)) & (y > T(-1)) & (x < w) & (y < h);
+  place_on_axis(f.inside ? x : T(0), width, f.column, f.wx, f.dx);
+  place_on_axis(f.inside ? y : T(0), height, f.row, f.wy, f.dy);
+  return f;
+}
+
+// Gradients of one point, from s[k] = <grad_out, value at corner k>.
 template <typename T>
 struct PointGradient {
   T weight;        // with respect to the attention weight
@@ -73,13 +77,13 @@ struct PointGradient {
 
 template <typename T>
 VITADAPTER_HD PointGradient<T> point_gradient(const Footprint<T>& f, const T s[4], T attention,
-                                              int64_t height, int64_t width) {
+                                              int32_t height, int32_t width) {
+  const T top = f.wx[0] * s[0] + f.wx[1] * s[1], bottom = f.wx[0] * s[2] + f.wx[1] * s[3];
+  const T left = f.wy[0] * s[0] + f.wy[1] * s[2], right = f.wy[0] * s[1] + f.wy[1] * s[3];
   PointGradient<T> g;
-  g.weight = f.weight[0] * s[0] + f.weight[1] * s[1] + f.weight[2] * s[2] + f.weight[3] * s[3];
-  const T dx = (T(1) - f.fy) * (s[1] - s[0]) + f.fy * (s[3] - s[2]);
-  const T dy = (T(1) - f.fx) * (s[2] - s[0]) + f.fx * (s[3] - s[1]);
-  g.loc_x = attention * static_cast<T>(width) * dx;
-  g.loc_y = attention * static_cast<T>(height) * dy;
+  g.weight = f.wy[0] * top + f.wy[1] * bottom;
+  g.loc_x = attention * static_cast<T>(width) * (f.dx[0] * left + f.dx[1] * right);
+  g.loc_y = attention * static_cast<T>(height) * (f.dy[0] * top + f.dy[1] * bottom);
   return g;
 }
 

@@ -6,11 +6,17 @@
 
 #include <cstdint>
 
+#include "bilinear.h"
+
 namespace vitadapter {
 
 struct Level {
-  int64_t height, width;
+  int32_t height, width;
   int64_t start;  // index of the level's first pixel along S
+
+  VITADAPTER_HD int64_t pixel(int32_t row, int32_t column) const {
+    return start + static_cast<int64_t>(row) * width + column;
+  }
 };
 
 // The level table travels inside the kernel's parameters (4 KiB at most on every GPU), so reading
@@ -54,7 +60,7 @@ struct BackwardParams {
   const loc_t* locations;  // [B, Q, M, L, P, 2]
   const loc_t* weights;    // [B, Q, M, L, P]
   // outputs
-  grad_t* grad_value;     // [B, S, M, D], zeroed by the caller, added to; fp32 for 16-bit values
+  grad_t* grad_value;     // [B, S, M, D]; CPU: written; CUDA: zeroed by the caller, added to
   loc_t* grad_locations;  // [B, Q, M, L, P, 2], every element is written
   loc_t* grad_weights;    // [B, Q, M, L, P], every element is written
 };

@@ -57,11 +57,11 @@ inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spa
   for (int64_t l = 0; l < levels; ++l) {
     const int64_t height = spatial_shapes[2 * l], width = spatial_shapes[2 * l + 1];
     const int64_t start = level_start_index[l];
-    STD_TORCH_CHECK(height > 0 && width > 0 && start >= 0 && start <= p.pixels &&
-                        height <= (p.pixels - start) / width,
+    STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT32_MAX && width <= INT32_MAX &&
+                        start >= 0 && start <= p.pixels && height <= (p.pixels - start) / width,
                     "spatial_shapes: level ", l, " does not lie inside value's ", p.pixels,
                     " pixels");
-    p.level[l] = Level{height, width, start};
+    p.level[l] = Level{static_cast<int32_t>(height), static_cast<int32_t>(width), start};
   }
   return p;
 }
@@ -187,26 +187,32 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
   const Tensor locations = torch::stable::contiguous(locations_in);
   const Tensor weights = torch::stable::contiguous(weights_in);
 
-  // Sums into one pixel may have thousands of terms: 16-bit gradients accumulate in fp32.
+  // Sums into one pixel may have thousands of terms. A device that adds to the gradient in memory
+  // does so in fp32 for 16-bit values.
   const ScalarType value_dtype = value.scalar_type();
-  const ScalarType grad_dtype =
-      value_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType grad_dtype = Device::kAddsToGradient && value_dtype != ScalarType::Double
+                                    ? ScalarType::Float
+                                    : value_dtype;
   const std::vector<int64_t> value_size =
       need_value
           ? std::vector<int64_t>{problem.batch, problem.pixels, problem.heads, problem.channels}
           : std::vector<int64_t>{0};
-  Tensor grad_value = torch::stable::new_zeros(value, value_size, grad_dtype);
+  const bool work =
+      problem.rows() * problem.points > 0 && (need_value || need_locations || need_weights);
+  Tensor grad_value = Device::kAddsToGradient || !work
+                          ? torch::stable::new_zeros(value, value_size, grad_dtype)
+                          : torch::stable::new_empty(value, value_size, grad_dtype);
   const auto like = [](const Tensor& t, bool needed) {
     return needed ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
   };
   Tensor grad_locations = like(locations, need_locations);
   Tensor grad_weights = like(weights, need_weights);
 
-  if (problem.rows() * problem.points > 0 && (need_value || need_locations || need_weights)) {
+  if (work) {
     dispatch_dtypes(value_dtype, locations.scalar_type(), [&](auto types) {
       using value_t = typename decltype(types)::value_t;
       using loc_t = typename decltype(types)::loc_t;
-      using grad_t = acc_t<value_t>;
+      using grad_t = typename Device::template grad_t<value_t>;
       Device::backward(BackwardParams<value_t, loc_t, grad_t>{
           problem, const_ptr<value_t>(grad_out), const_ptr<value_t>(value), value_strides(value),
           const_ptr<loc_t>(locations), const_ptr<loc_t>(weights),

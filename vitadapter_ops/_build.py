@@ -25,7 +25,15 @@ SOURCES: dict[str, list[str]] = {
 _DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 # No -std: torch's build helper passes the one its headers need (17 or 20); the sources are C++17.
-CXX_FLAGS = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", *_DEFINES]
+# Loops with comparisons are to be vectorised; nothing here traps or reads errno.
+CXX_FLAGS = [
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    *_DEFINES,
+]
 NVCC_FLAGS = [
     "-O3",
     "-lineinfo",

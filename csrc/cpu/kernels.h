@@ -7,17 +7,31 @@
 
 namespace vitadapter::cpu {
 
-// Work is handed out in ranges so that the caller owns the threads. A row is one (b, q, m); a plane
-// is one (b, m), which owns its slice of grad_value: planes never write to the same memory.
+// Queries are handled in tiles, one head at a time: (b, m, tile). The points of a tile are placed
+// together, so that this can be vectorised over points. 512 points and their 13 numbers stay in L1
+// beside the pixels that they read.
+inline int64_t tile_queries(const Problem& n) {
+  const int64_t points = n.levels * n.points;
+  return points >= 512 ? 1 : 512 / (points > 0 ? points : 1);
+}
+inline int64_t tiles_per_plane(const Problem& n) {
+  const int64_t tile = tile_queries(n);
+  return (n.queries + tile - 1) / tile;
+}
+
+// Work is handed out in ranges, so that the caller owns the threads. No two tasks write to the same
+// memory, and every sum is taken in an order that the inputs alone decide.
 template <typename value_t, typename loc_t>
 struct Kernels {
   using Forward = ForwardParams<value_t, loc_t>;
-  using Backward = BackwardParams<value_t, loc_t, acc_t<value_t>>;
-  void (*forward_rows)(const Forward&, int64_t begin, int64_t end);
-  // Gradients of locations and weights only; grad_value must be null.
-  void (*backward_rows)(const Backward&, int64_t begin, int64_t end);
-  // All wanted gradients. The order of the sums depends on nothing but the inputs.
-  void (*backward_planes)(const Backward&, int64_t begin, int64_t end);
+  using Backward = BackwardParams<value_t, loc_t, value_t>;
+  // Tasks (b, m, tile).
+  void (*forward)(const Forward&, int64_t begin, int64_t end);
+  // Tasks (b, m, tile): gradients of locations and weights only.
+  void (*backward_points)(const Backward&, int64_t begin, int64_t end);
+  // Tasks (b, m, band of pixels out of `bands`): the gradient of value; with one band, all
+  // gradients.
+  void (*backward_value)(const Backward&, int64_t bands, int64_t begin, int64_t end);
 };
 
 struct KernelTable {

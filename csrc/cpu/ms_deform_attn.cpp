@@ -15,31 +15,46 @@ struct Cpu {
     explicit Guard(const Tensor&) {}
   };
 
-  // How many of `tasks` equal shares of the problem make one task worth a thread.
-  static int64_t grain(const Problem& n, int64_t tasks) {
+  // Sums are taken in scratch memory, and every element of the gradient is written once.
+  template <typename value_t>
+  using grad_t = value_t;
+  static constexpr bool kAddsToGradient = false;
+
+  template <typename Task>
+  static void run(const Problem& n, int64_t tasks, const Task& task) {
+    STD_TORCH_CHECK(n.pixels <= INT32_MAX,
+                    "value: the CPU kernels take at most 2^31 - 1 pixels, got ", n.pixels);
     const int64_t samples = n.rows() * n.levels * n.points * n.channels;
-    return std::max<int64_t>(1, kSamplesPerTask * tasks / std::max<int64_t>(1, samples));
+    const int64_t grain = kSamplesPerTask * tasks / (samples > 0 ? samples : 1);
+    torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, task);
   }
 
   template <typename value_t, typename loc_t>
   static void forward(const ForwardParams<value_t, loc_t>& p) {
     const auto& kernel = kernels().get(static_cast<Kernels<value_t, loc_t>*>(nullptr));
-    const int64_t rows = p.problem.rows();
-    torch::stable::parallel_for(0, rows, grain(p.problem, rows), [&](int64_t begin, int64_t end) {
-      kernel.forward_rows(p, begin, end);
-    });
+    const Problem& n = p.problem;
+    run(n, n.batch * n.heads * tiles_per_plane(n),
+        [&](int64_t begin, int64_t end) { kernel.forward(p, begin, end); });
   }
 
-  template <typename value_t, typename loc_t, typename grad_t>
-  static void backward(const BackwardParams<value_t, loc_t, grad_t>& p) {
+  template <typename value_t, typename loc_t>
+  static void backward(const BackwardParams<value_t, loc_t, value_t>& p) {
     const auto& kernel = kernels().get(static_cast<Kernels<value_t, loc_t>*>(nullptr));
-    // grad_value is summed by the one thread that owns its (b, m) plane: no atomics, and the same
-    // bits for any number of threads.
-    const bool by_plane = p.grad_value != nullptr;
-    const int64_t tasks = by_plane ? p.problem.batch * p.problem.heads : p.problem.rows();
-    const auto run = by_plane ? kernel.backward_planes : kernel.backward_rows;
-    torch::stable::parallel_for(0, tasks, grain(p.problem, tasks),
-                                [&](int64_t begin, int64_t end) { run(p, begin, end); });
+    const Problem& n = p.problem;
+    const int64_t planes = n.batch * n.heads, threads = torch::stable::get_num_threads();
+    const bool points = p.grad_locations != nullptr || p.grad_weights != nullptr;
+    // A plane's gradient of value has one owner. Too few planes for the threads, or a remainder
+    // that would leave threads idle: planes are cut into bands, and the points get their own pass.
+    const bool whole = planes % threads == 0 || planes >= 4 * threads;
+    const int64_t bands = whole ? 1 : (4 * threads + planes - 1) / planes;
+    if (points && !(whole && p.grad_value != nullptr)) {
+      run(n, planes * tiles_per_plane(n),
+          [&](int64_t begin, int64_t end) { kernel.backward_points(p, begin, end); });
+    }
+    if (p.grad_value != nullptr) {
+      run(n, planes * bands,
+          [&](int64_t begin, int64_t end) { kernel.backward_value(p, bands, begin, end); });
+    }
   }
 };
 

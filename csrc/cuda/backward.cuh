@@ -9,6 +9,9 @@ namespace vitadapter::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kBackwardThreads = 256;
+// Two blocks per multiprocessor leave 128 registers a thread; unasked, the compiler aims at 64 for
+// sm_90 and spills.
+constexpr int kBackwardBlocks = 2;
 
 // The sum over a full warp, in every lane.
 template <typename T>
@@ -30,7 +33,7 @@ __device__ __forceinline__ T warp_sum(T v) {
 // from run to run. All lanes of a warp take the same branches: the shuffles always see the full
 // warp.
 template <typename value_t, typename loc_t>
-__global__ void __launch_bounds__(kBackwardThreads) ms_deform_attn_backward_kernel(
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) ms_deform_attn_backward_kernel(
     const __grid_constant__ BackwardParams<value_t, loc_t, acc_t<value_t>> p) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
@@ -48,17 +51,16 @@ __global__ void __launch_bounds__(kBackwardThreads) ms_deform_attn_backward_kern
       const Level level = n.level[l];
       for (int64_t j = 0; j < n.points; ++j, ++i) {
         PointGradient<acc> g{0, 0, 0};
-        Footprint<acc> f;
         const acc x = to_acc(p.locations[2 * i]), y = to_acc(p.locations[2 * i + 1]);
-        if (locate(x, y, level.height, level.width, f)) {
+        const Footprint<acc> f = footprint(x, y, level.height, level.width);
+        if (f.inside) {
           const acc attention = to_acc(p.weights[i]);
           acc s[4] = {};
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            if (!f.valid[k]) continue;
-            const int64_t pixel = level.start + f.pixel[k];
+            const int64_t pixel = level.pixel(f.row[k / 2], f.column[k % 2]);
             const value_t* v = plane + pixel * p.stride.s;
-            const acc w = attention * f.weight[k];
+            const acc w = attention * f.wy[k / 2] * f.wx[k % 2];
             acc* grad_value =
                 p.grad_value == nullptr
                     ? nullptr
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kBackwardThreads) ms_deform_attn_backward_kern
             for (int64_t c = lane; c < n.channels; c += kWarp) {
               const acc go = to_acc(grad_out[c]);
               if (need_dots) s[k] += go * to_acc(v[c]);
-              if (grad_value != nullptr) atomicAdd(grad_value + c, w * go);
+              if (grad_value != nullptr && w != acc(0)) atomicAdd(grad_value + c, w * go);
             }
           }
           if (need_dots) {

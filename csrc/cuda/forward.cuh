@@ -41,16 +41,15 @@ __global__ void __launch_bounds__(kForwardThreads)
     for (int l = 0; l < n.levels; ++l) {
       const Level level = n.level[l];
       for (int64_t j = 0; j < n.points; ++j, ++i) {
-        Footprint<acc> f;
         const acc x = to_acc(p.locations[2 * i]), y = to_acc(p.locations[2 * i + 1]);
-        if (!locate(x, y, level.height, level.width, f)) continue;
+        const Footprint<acc> f = footprint(x, y, level.height, level.width);
+        if (!f.inside) continue;
         const acc attention = to_acc(p.weights[i]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          if (!f.valid[k]) continue;
-          const acc w = attention * f.weight[k];
-          const pack v =
-              *reinterpret_cast<const pack*>(plane + (level.start + f.pixel[k]) * p.stride.s);
+          const acc w = attention * f.wy[k / 2] * f.wx[k % 2];
+          const int64_t pixel = level.pixel(f.row[k / 2], f.column[k % 2]);
+          const pack v = *reinterpret_cast<const pack*>(plane + pixel * p.stride.s);
 #pragma unroll
           for (int e = 0; e < VEC; ++e) sum[e] += w * to_acc(v.v[e]);
         }

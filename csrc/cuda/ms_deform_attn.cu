@@ -49,6 +49,10 @@ struct Cuda {
     torch::stable::accelerator::DeviceGuard guard;
   };
 
+  template <typename value_t>
+  using grad_t = acc_t<value_t>;
+  static constexpr bool kAddsToGradient = true;
+
   template <typename value_t, typename loc_t>
   static void forward(const ForwardParams<value_t, loc_t>& p) {
     constexpr int kVec = 16 / sizeof(value_t);
@@ -61,8 +65,8 @@ struct Cuda {
     }
   }
 
-  template <typename value_t, typename loc_t, typename grad_t>
-  static void backward(const BackwardParams<value_t, loc_t, grad_t>& p) {
+  template <typename value_t, typename loc_t>
+  static void backward(const BackwardParams<value_t, loc_t, acc_t<value_t>>& p) {
     launch(ms_deform_attn_backward_kernel<value_t, loc_t>, p.problem.rows() * kWarp,
            kBackwardThreads, p);
   }

@@ -22,7 +22,8 @@ Problem make_problem(const std::vector<int64_t>& sizes, const std::vector<int64_
   p.points = sizes[5];
   p.levels = static_cast<int>(levels.size() / 3);
   for (int l = 0; l < p.levels; ++l) {
-    p.level[l] = Level{levels[3 * l], levels[3 * l + 1], levels[3 * l + 2]};
+    p.level[l] = Level{static_cast<int32_t>(levels[3 * l]), static_cast<int32_t>(levels[3 * l + 1]),
+                       levels[3 * l + 2]};
   }
   return p;
 }

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// The little SIMD that the kernels need, on the compiler's own vector types: loads that widen,
+// stores that round, and sums over lanes. Included by kernels.inl, once per instruction set.
+
+// N consecutive T in registers; + - * and comparisons work lane by lane. N is a power of two.
+template <typename T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <typename T, int N>
+using Vec = typename VectorOf<T, N>::type;
+
+template <typename T, int N>
+VITADAPTER_HD Vec<T, N> load_bits(const void* p) {
+  Vec<T, N> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// A vector of the accumulation type from N values in storage.
+template <int N>
+VITADAPTER_HD Vec<float, N> load(const float* p) {
+  return load_bits<float, N>(p);
+}
+template <int N>
+VITADAPTER_HD Vec<double, N> load(const double* p) {
+  return load_bits<double, N>(p);
+}
+template <int N>
+VITADAPTER_HD Vec<float, N> load(const bfloat16* p) {
+  const auto wide = __builtin_convertvector((load_bits<uint16_t, N>(p)), Vec<uint32_t, N>);
+  return reinterpret_cast<Vec<float, N>>(wide << 16);
+}
+template <int N>
+VITADAPTER_HD Vec<float, N> load(const float16* p) {
+#if defined(VITADAPTER_AVX512)
+  if constexpr (N == 16) {
+    return reinterpret_cast<Vec<float, N>>(
+        _mm512_cvtph_ps(reinterpret_cast<__m256i>(load_bits<uint16_t, N>(p))));
+  }
+#endif
+#if defined(VITADAPTER_AVX2)
+  if constexpr (N == 8) {
+    return reinterpret_cast<Vec<float, N>>(
+        _mm256_cvtph_ps(reinterpret_cast<__m128i>(load_bits<uint16_t, N>(p))));
+  }
+#endif
+  // As to_acc(float16), lane by lane.
+  const auto wide = __builtin_convertvector((load_bits<uint16_t, N>(p)), Vec<uint32_t, N>);
+  const Vec<uint32_t, N> magnitude = (wide & 0x7fffu) << 13;
+  const Vec<float, N> scaled =
+      reinterpret_cast<Vec<float, N>>(magnitude) * bits_float(0x77800000u);  // 2^112
+  const Vec<uint32_t, N> special =
+      reinterpret_cast<Vec<uint32_t, N>>(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return reinterpret_cast<Vec<float, N>>(reinterpret_cast<Vec<uint32_t, N>>(scaled) | special |
+                                         ((wide & 0x8000u) << 16));
+}
+
+// N values to storage, rounded to nearest even.
+template <int N>
+VITADAPTER_HD void store(float* p, const Vec<float, N>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <int N>
+VITADAPTER_HD void store(double* p, const Vec<double, N>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <int N>
+VITADAPTER_HD void store(bfloat16* p, const Vec<float, N>& v) {
+  const auto u = reinterpret_cast<Vec<uint32_t, N>>(v);
+  const auto nan = reinterpret_cast<Vec<uint32_t, N>>((u & 0x7fffffffu) > 0x7f800000u);
+  const Vec<uint32_t, N> rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const auto bits = __builtin_convertvector(((nan & 0x7fc0u) | (~nan & rounded)), Vec<uint16_t, N>);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+template <int N>
+VITADAPTER_HD void store(float16* p, const Vec<float, N>& v) {
+#if defined(VITADAPTER_AVX512)
+  if constexpr (N == 16) {
+    const __m256i bits = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof(bits));
+    return;
+  }
+#endif
+#if defined(VITADAPTER_AVX2)
+  if constexpr (N == 8) {
+    const __m128i bits = _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof(bits));
+    return;
+  }
+#endif
+  for (int lane = 0; lane < N; ++lane) from_acc(v[lane], p[lane]);
+}
+
+template <typename T, int N>
+VITADAPTER_HD Vec<T, N> broadcast(T value) {
+  return Vec<T, N>{} + value;
+}
+
+// The lower half of a plus its upper half.
+template <typename T, int N>
+VITADAPTER_HD Vec<T, N / 2> fold(const Vec<T, N>& a) {
+  Vec<T, N / 2> half[2];
+  std::memcpy(half, &a, sizeof(a));
+  return half[0] + half[1];
+}
+
+// {sum of a, sum of b, sum of c, sum of d}, always in the same order.
+template <typename T, int N>
+VITADAPTER_HD Vec<T, 4> sums(const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T, N>& c,
+                             const Vec<T, N>& d) {
+  if constexpr (N > 4) {
+    return sums<T, N / 2>(fold<T, N>(a), fold<T, N>(b), fold<T, N>(c), fold<T, N>(d));
+  } else if constexpr (N == 4) {
+    // A 4 x 4 transposition whose columns are added on the way.
+#if defined(__clang__) || __GNUC__ >= 12
+    const Vec<T, 4> ab =
+        __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    const Vec<T, 4> cd =
+        __builtin_shufflevector(c, d, 0, 2, 4, 6) + __builtin_shufflevector(c, d, 1, 3, 5, 7);
+    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
+           __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+#else
+    using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, 4>;
+    const Index even = {0, 2, 4, 6}, odd = {1, 3, 5, 7};
+    const Vec<T, 4> ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    const Vec<T, 4> cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
+    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+#endif
+  } else if constexpr (N == 2) {
+    return Vec<T, 4>{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
+  } else {
+    return Vec<T, 4>{a[0], b[0], c[0], d[0]};
+  }
+}
