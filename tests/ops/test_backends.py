@@ -3,12 +3,12 @@
 
 import math
 
-import cases
-import oracles
 import pytest
 import torch
-from tolerances import assert_as_accurate_as_eager
 
+import cases
+import oracles
+from tolerances import assert_as_accurate_as_eager
 from vitadapter_ops import ms_deform_attn
 
 NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")

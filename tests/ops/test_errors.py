@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: an error that names the argument, what was expected and what came."""
 
-import cases
 import pytest
 import torch
 
+import cases
 from vitadapter_ops import BackendUnavailable, MSDeformAttn, explain_backend, ms_deform_attn
 
 CASE = cases.Case("errors", ((4, 6), (2, 3)))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference is the definition: it equals plain loops and grid_sample, and its derivative."""
 
-import cases
-import oracles
 import pytest
 import torch
-from tolerances import assert_same_definition
 
+import cases
+import oracles
+from tolerances import assert_same_definition
 from vitadapter_ops import ms_deform_attn, reference
 
 

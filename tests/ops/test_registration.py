@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators as torch sees them: schema, fake, autograd, compile, export, autocast."""
 
-import cases
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cases
 from vitadapter_ops import MSDeformAttn, ms_deform_attn
 
 OPS = torch.ops.vitadapter_ops
