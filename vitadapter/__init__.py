@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViT-Adapter (Chen et al., ICLR 2023): plain vision transformers for dense prediction."""
+
+from vitadapter_ops import __version__
+
+from .adapter import ViTAdapter
+from .models import create_model, list_models
+
+__all__ = ["ViTAdapter", "__version__", "create_model", "list_models"]

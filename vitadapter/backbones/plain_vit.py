@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain vision transformer: one resolution, no class token, no final norm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.drop_path import DropPath
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into square patches and projects each to a token."""
+
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps [B, 3, H, W] to a grid of tokens [B, D, H / patch, W / patch]."""
+        return self.proj(images)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the whole grid or inside square windows.
+
+    Windows do not overlap. A grid that they do not tile is padded at the bottom and right after the
+    qkv projection, and the padding is not masked: a padded key is exactly zero, so its logit is 0
+    and it takes its share of the softmax. Published weights were trained that way.
+
+    Args:
+        dim: token width D.
+        num_heads: attention heads; divides dim.
+        window_size: side of a window in tokens; None: global attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
+        qkv = self.qkv(x)
+        if self.window_size is None:
+            out = self._global(qkv)
+        else:
+            out = self._windowed(qkv, shape, self.window_size)
+        return self.proj(out)
+
+    def _global(self, qkv: Tensor) -> Tensor:
+        batch, tokens, width = qkv.shape
+        q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(batch, tokens, width // 3)
+
+    def _windowed(self, qkv: Tensor, shape: tuple[int, int], side: int) -> Tensor:
+        batch, _, width = qkv.shape
+        h, w = shape
+        grid = F.pad(qkv.view(batch, h, w, width), (0, 0, 0, -w % side, 0, -h % side))
+        rows, columns = grid.shape[1] // side, grid.shape[2] // side
+
+        # [B, rows, side, columns, side, 3, heads, d] -> [3, B*rows*columns, heads, side*side, d]
+        windows = grid.view(batch, rows, side, columns, side, 3, self.num_heads, -1)
+        windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7)
+        windows = windows.reshape(3, batch * rows * columns, self.num_heads, side * side, -1)
+        q, k, v = windows.unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+
+        out = out.view(batch, rows, columns, self.num_heads, side, side, -1)
+        out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * side, columns * side, -1)
+        return out[:, :h, :w].reshape(batch, h * w, width // 3)
+
+    def extra_repr(self) -> str:
+        """Heads and window."""
+        return f"num_heads={self.num_heads}, window_size={self.window_size}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, N, D] to the same shape."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, each branch with stochastic depth and optional layer scale.
+
+    Args:
+        dim: token width D.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP relative to dim.
+        drop_path: probability of dropping a branch.
+        layer_scale: scale each branch by a learned vector; it starts at 1, so that weights trained
+            without it load unchanged.
+        window_size: as in `Attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: bool = True,
+        window_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads, window_size)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+        self.gamma1 = nn.Parameter(torch.ones(dim)) if layer_scale else None
+        self.gamma2 = nn.Parameter(torch.ones(dim)) if layer_scale else None
+
+    def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
+        x = x + self.drop_path(_scale(self.attn(self.norm1(x), shape), self.gamma1))
+        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma2))
+
+
+class PlainViT(nn.Module):
+    """ViT with a learned position grid (Dosovitskiy et al., ICLR 2021).
+
+    `pos_embed` keeps the entry of the class token in front, so that published weights load; it is
+    not used and receives a zero gradient. Linear layers, the patch projection and `pos_embed` start
+    from a normal distribution with standard deviation 0.02, truncated; biases from 0.
+
+    Args:
+        embed_dim: token width D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP relative to embed_dim.
+        patch_size: side of a patch in pixels.
+        pretrain_size: side of the pre-training image in pixels.
+        drop_path_rate: stochastic depth of the last block; the first has none, linear between.
+        layer_scale: as in `Block`.
+        window_size: side of the windows, in tokens, of the blocks that are not global.
+        global_blocks: indices of the blocks with global attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        patch_size: int,
+        pretrain_size: int,
+        drop_path_rate: float,
+        layer_scale: bool,
+        window_size: int,
+        global_blocks: Collection[int],
+    ) -> None:
+        super().__init__()
+        self.pretrain_grid = pretrain_size // patch_size
+        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.pretrain_grid**2 + 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                drop_path=drop_path_rate * index / max(depth - 1, 1),
+                layer_scale=layer_scale,
+                window_size=None if index in global_blocks else window_size,
+            )
+            for index in range(depth)
+        )
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def tokenize(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embeds patches and positions.
+
+        Args:
+            images: [B, 3, H, W], H and W multiples of the patch size.
+
+        Returns:
+            Tokens [B, h*w, D] and the grid (h, w).
+        """
+        patches = self.patch_embed(images)
+        shape = (patches.shape[2], patches.shape[3])
+        # Contiguous here, or every residual after it keeps the transposed layout.
+        tokens = patches.flatten(2).transpose(1, 2).contiguous()
+        return tokens + self.position_tokens(shape), shape
+
+    def position_tokens(self, shape: tuple[int, int]) -> Tensor:
+        """The position grid resized to `shape` = (h, w), bicubically: [1, h*w, D]."""
+        side = self.pretrain_grid
+        grid = self.pos_embed[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
+        grid = F.interpolate(grid, size=shape, mode="bicubic", align_corners=False)
+        return grid.flatten(2).transpose(1, 2)
+
+
+def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
