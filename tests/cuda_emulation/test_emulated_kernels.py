@@ -1,4 +1,4 @@
-#SPDX - License - Identifier : Apache - 2.0
+# SPDX - License - Identifier : Apache - 2.0
 """The CUDA kernels, run on the host by a small emulation, equal the fp64 reference.
 
 The kernels' source is compiled as it is. That the emulation can fail is tested too: changed copies
@@ -12,12 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
-import oracles
 import pytest
 import torch
-from tolerances import assert_as_accurate_as_eager
 
+import cases
+import oracles
+from tolerances import assert_as_accurate_as_eager
 from vitadapter_ops import _extension, ms_deform_attn
 
 HERE = Path(__file__).parent
@@ -140,7 +140,7 @@ def test_gradients_that_are_not_needed_are_not_written(kernels):
         got = emulate(kernels, "fp32", inputs, cotangent, False, needs)[1:]
         for need, a, b in zip(needs, got, everything, strict=True):
             if need:
-#The order of the atomics depends on which shuffles there are.
+                # The order of the atomics depends on which shuffles there are.
                 torch.testing.assert_close(a, b)
             else:
                 assert a.isnan().all() or (a == 0).all()
@@ -199,7 +199,7 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
     text = (source / file).read_text()
     assert text.count(right) == 1
     (source / file).write_text(text.replace(right, wrong))
-#In a process of its own : a second module of the same name would share the first one's state.
+    # In a process of its own : a second module of the same name would share the first one's state.
     script = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
         "from pathlib import Path\n"
