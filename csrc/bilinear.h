@@ -23,48 +23,58 @@
 
 namespace vitadapter {
 
+// A location in pixels of its level. False, with x = y = 0, when the point touches no pixel, which
+// includes every non-finite coordinate: such a point contributes nothing and gets no gradient. The
+// test is made in floating point, before any conversion to an integer could overflow.
+template <typename T>
+VITADAPTER_HD bool to_pixels(T loc_x, T loc_y, int32_t height, int32_t width, T& x, T& y) {
+  const T w = static_cast<T>(width), h = static_cast<T>(height);
+  x = loc_x * w - static_cast<T>(0.5);
+  y = loc_y * h - static_cast<T>(0.5);
+  const bool inside = (x > T(-1)) & (y > T(-1)) & (x < w) & (y < h);
+  x = inside ? x : T(0);
+  y = inside ? y : T(0);
+  return inside;
+}
+
 // Separable: the weight of corner k is wy[k / 2] * wx[k % 2], its derivative by x in pixels
 // wy[k / 2] * dx[k % 2], by y dy[k / 2] * wx[k % 2]. A row or column outside the map has weight and
 // derivative 0, and its index is that of the neighbour inside: it can always be read, and reads
 // nothing that the point does not touch anyway.
 template <typename T>
 struct Footprint {
-  bool inside;  // the point touches the map; if not, all of the following is to be ignored
   int32_t column[2], row[2];
   T wx[2], wy[2];
   T dx[2], dy[2];
 };
 
-// One axis of a footprint; x in pixels, -1 < x < size.
+// One axis of a footprint; x in pixels, -1 < x < size. Comparisons count as 0 or 1 in the
+// arithmetic: written with conditions, the compiler finds branches, and does not vectorise loops
+// over points.
 template <typename T>
 VITADAPTER_HD void place_on_axis(T x, int32_t size, int32_t index[2], T weight[2],
                                  T derivative[2]) {
   // floor: truncation rounds the one negative pixel, -1, up.
-  const int32_t low = static_cast<int32_t>(x) - (x < T(0) ? 1 : 0);
+  const int32_t low = static_cast<int32_t>(x) - static_cast<int32_t>(x < T(0));
   const int32_t high = low + 1;
   const T fraction = x - static_cast<T>(low);
   // Sizes above 2^24 round in fp32, so that low may reach size: hence both bounds for both.
-  const bool low_in = low >= 0 && low < size, high_in = high < size;
-  index[0] = low < 0 ? 0 : (low < size ? low : size - 1);
-  index[1] = high_in ? high : size - 1;
-  weight[0] = low_in ? T(1) - fraction : T(0);
-  weight[1] = high_in ? fraction : T(0);
-  derivative[0] = low_in ? T(-1) : T(0);
-  derivative[1] = high_in ? T(1) : T(0);
+  const int32_t low_in = static_cast<int32_t>(low >= 0) & static_cast<int32_t>(low < size);
+  const int32_t high_in = static_cast<int32_t>(high < size);
+  index[0] = low + static_cast<int32_t>(low < 0) - static_cast<int32_t>(low >= size);
+  index[1] = high_in * high + (1 - high_in) * (size - 1);
+  derivative[0] = -static_cast<T>(low_in);
+  derivative[1] = static_cast<T>(high_in);
+  weight[0] = static_cast<T>(low_in) * (T(1) - fraction);
+  weight[1] = static_cast<T>(high_in) * fraction;
 }
 
-// Places a location on a level. No branches, so that a loop over points can be vectorised. Outside
-// the map lies every point that touches no pixel, and every non-finite coordinate: the test is made
-// in floating point, before any conversion to an integer could overflow.
+// The four corners around (x, y), which are pixels from `to_pixels`.
 template <typename T>
-VITADAPTER_HD Footprint<T> footprint(T loc_x, T loc_y, int32_t height, int32_t width) {
-  const T w = static_cast<T>(width), h = static_cast<T>(height);
-  const T x = loc_x * w - static_cast<T>(0.5);
-  const T y = loc_y * h - static_cast<T>(0.5);
+VITADAPTER_HD Footprint<T> footprint(T x, T y, int32_t height, int32_t width) {
   Footprint<T> f;
-  f.inside = (x > T(-1)) & (y > T(-1)) & (x < w) & (y < h);
-  place_on_axis(f.inside ? x : T(0), width, f.column, f.wx, f.dx);
-  place_on_axis(f.inside ? y : T(0), height, f.row, f.wy, f.dy);
+  place_on_axis(x, width, f.column, f.wx, f.dx);
+  place_on_axis(y, height, f.row, f.wy, f.dy);
   return f;
 }
 

@@ -127,7 +127,8 @@ struct LevelsOfPoints {
 // The points of a tile, one array per quantity.
 template <typename acc>
 struct Tile {
-  Buffer<acc> x, y, attention;  // as given
+  Buffer<acc> x, y;  // the location: as given, then in pixels
+  Buffer<acc> attention;
   Buffer<int32_t> inside;       // 0: contributes nothing
   Buffer<int32_t> pixel;        // of corner 0
   Buffer<int32_t> right, down;  // from corner 0 to corners 1 and 2, in pixels
@@ -158,13 +159,11 @@ struct Part {
   }
 };
 
-// Copies [count] rows of `size` numbers from storage into consecutive accumulators.
+// Copies `size` numbers, or pairs, from storage into consecutive accumulators.
 template <typename loc_t, typename acc>
 VITADAPTER_HD void copy_row(const loc_t* from, acc* to, int64_t size) {
   int64_t i = 0;
-  for (; i + 4 <= size; i += 4) {
-    for (int k = 0; k < 4; ++k) to[i + k] = to_acc(from[i + k]);
-  }
+  for (; i + 4 <= size; i += 4) store<4>(to + i, load<4>(from + i));
   for (; i < size; ++i) to[i] = to_acc(from[i]);
 }
 
@@ -172,10 +171,9 @@ template <typename loc_t, typename acc>
 VITADAPTER_HD void copy_pairs(const loc_t* from, acc* x, acc* y, int64_t size) {
   int64_t i = 0;
   for (; i + 4 <= size; i += 4) {
-    for (int k = 0; k < 4; ++k) {
-      x[i + k] = to_acc(from[2 * (i + k)]);
-      y[i + k] = to_acc(from[2 * (i + k) + 1]);
-    }
+    const Vec<acc, 4> low = load<4>(from + 2 * i), high = load<4>(from + 2 * i + 4);
+    store<4>(x + i, even<acc>(low, high));
+    store<4>(y + i, odd<acc>(low, high));
   }
   for (; i < size; ++i) {
     x[i] = to_acc(from[2 * i]);
@@ -195,8 +193,8 @@ void place(const Problem& n, const Part& part, const loc_t* locations, const loc
   const int32_t* __restrict__ height = levels.height.data();
   const int32_t* __restrict__ width = levels.width.data();
   const int32_t* __restrict__ start = levels.start.data();
-  const acc* __restrict__ x = tile.x.data();
-  const acc* __restrict__ y = tile.y.data();
+  acc* __restrict__ x = tile.x.data();
+  acc* __restrict__ y = tile.y.data();
   const acc* __restrict__ attention = tile.attention.data();
   int32_t* __restrict__ inside = tile.inside.data();
   int32_t* __restrict__ pixel = tile.pixel.data();
@@ -207,10 +205,15 @@ void place(const Problem& n, const Part& part, const loc_t* locations, const loc
   acc* __restrict__ w2 = tile.weight[2].data();
   acc* __restrict__ w3 = tile.weight[3].data();
   const int64_t total = part.count * each;
-#pragma omp simd
+  // Two loops: in one, the compiler would follow the case "outside" through all that comes after,
+  // as branches, and vectorise nothing.
+  VITADAPTER_INDEPENDENT
+  for (int64_t j = 0; j < total; ++j) {
+    inside[j] = to_pixels(x[j], y[j], height[j], width[j], x[j], y[j]);
+  }
+  VITADAPTER_INDEPENDENT
   for (int64_t j = 0; j < total; ++j) {
     const Footprint<acc> f = footprint(x[j], y[j], height[j], width[j]);
-    inside[j] = f.inside;
     pixel[j] = start[j] + f.row[0] * width[j] + f.column[0];
     right[j] = f.column[1] - f.column[0];
     down[j] = (f.row[1] - f.row[0]) * width[j];
@@ -350,9 +353,9 @@ void finish(const BackwardParams<value_t, loc_t, value_t>& p, const Part& part,
     for (int64_t i = 0; i < each; ++i) {
       const int64_t j = q * each + i;
       const int32_t height = levels.height[j], width = levels.width[j];
-      const Footprint<acc> f = footprint(tile.x[j], tile.y[j], height, width);
       PointGradient<acc> g{0, 0, 0};
-      if (f.inside) {
+      if (tile.inside[j]) {
+        const Footprint<acc> f = footprint(tile.x[j], tile.y[j], height, width);
         g = point_gradient(f, tile.dot.data() + 4 * j, tile.attention[j], height, width);
       }
       if (p.grad_locations != nullptr) {

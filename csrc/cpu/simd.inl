@@ -2,6 +2,13 @@
 // The little SIMD that the kernels need, on the compiler's own vector types: loads that widen,
 // stores that round, and sums over lanes. Included by kernels.inl, once per instruction set.
 
+// The iterations of the loop that follows are independent, whatever its pointers may seem to be.
+#if defined(__clang__)
+#define VITADAPTER_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define VITADAPTER_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 // N consecutive T in registers; + - * and comparisons work lane by lane. N is a power of two.
 template <typename T, int N>
 struct VectorOf {
@@ -105,6 +112,26 @@ VITADAPTER_HD Vec<T, N / 2> fold(const Vec<T, N>& a) {
   return half[0] + half[1];
 }
 
+// The lanes 0 and 2, or 1 and 3, of a and then of b.
+template <typename T>
+VITADAPTER_HD Vec<T, 4> even(const Vec<T, 4>& a, const Vec<T, 4>& b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#else
+  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, 4>;
+  return __builtin_shuffle(a, b, Index{0, 2, 4, 6});
+#endif
+}
+template <typename T>
+VITADAPTER_HD Vec<T, 4> odd(const Vec<T, 4>& a, const Vec<T, 4>& b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#else
+  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, 4>;
+  return __builtin_shuffle(a, b, Index{1, 3, 5, 7});
+#endif
+}
+
 // {sum of a, sum of b, sum of c, sum of d}, always in the same order.
 template <typename T, int N>
 VITADAPTER_HD Vec<T, 4> sums(const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T, N>& c,
@@ -113,20 +140,8 @@ VITADAPTER_HD Vec<T, 4> sums(const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T
     return sums<T, N / 2>(fold<T, N>(a), fold<T, N>(b), fold<T, N>(c), fold<T, N>(d));
   } else if constexpr (N == 4) {
     // A 4 x 4 transposition whose columns are added on the way.
-#if defined(__clang__) || __GNUC__ >= 12
-    const Vec<T, 4> ab =
-        __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-    const Vec<T, 4> cd =
-        __builtin_shufflevector(c, d, 0, 2, 4, 6) + __builtin_shufflevector(c, d, 1, 3, 5, 7);
-    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
-           __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
-#else
-    using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, 4>;
-    const Index even = {0, 2, 4, 6}, odd = {1, 3, 5, 7};
-    const Vec<T, 4> ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-    const Vec<T, 4> cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
-    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
-#endif
+    const Vec<T, 4> ab = even<T>(a, b) + odd<T>(a, b), cd = even<T>(c, d) + odd<T>(c, d);
+    return even<T>(ab, cd) + odd<T>(ab, cd);
   } else if constexpr (N == 2) {
     return Vec<T, 4>{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
   } else {

@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) ms_deform_a
       const Level level = n.level[l];
       for (int64_t j = 0; j < n.points; ++j, ++i) {
         PointGradient<acc> g{0, 0, 0};
-        const acc x = to_acc(p.locations[2 * i]), y = to_acc(p.locations[2 * i + 1]);
-        const Footprint<acc> f = footprint(x, y, level.height, level.width);
-        if (f.inside) {
+        acc x, y;
+        if (to_pixels(to_acc(p.locations[2 * i]), to_acc(p.locations[2 * i + 1]), level.height,
+                      level.width, x, y)) {
+          const Footprint<acc> f = footprint(x, y, level.height, level.width);
           const acc attention = to_acc(p.weights[i]);
           acc s[4] = {};
 #pragma unroll

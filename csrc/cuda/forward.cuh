@@ -41,9 +41,12 @@ __global__ void __launch_bounds__(kForwardThreads)
     for (int l = 0; l < n.levels; ++l) {
       const Level level = n.level[l];
       for (int64_t j = 0; j < n.points; ++j, ++i) {
-        const acc x = to_acc(p.locations[2 * i]), y = to_acc(p.locations[2 * i + 1]);
+        acc x, y;
+        if (!to_pixels(to_acc(p.locations[2 * i]), to_acc(p.locations[2 * i + 1]), level.height,
+                       level.width, x, y)) {
+          continue;
+        }
         const Footprint<acc> f = footprint(x, y, level.height, level.width);
-        if (!f.inside) continue;
         const acc attention = to_acc(p.weights[i]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

@@ -165,8 +165,8 @@ def test_non_finite_locations_contribute_nothing(kernels, bad):
 MUTATIONS = {
     "corner off by one": (
         "bilinear.h",
-        "high_in = high < size",
-        "high_in = high + 1 < size",
+        "high_in = static_cast<int32_t>(high < size)",
+        "high_in = static_cast<int32_t>(high + 1 < size)",
     ),
     "half of the warp in the mask": (
         "cuda/backward.cuh",
