@@ -137,4 +137,5 @@ def _detail(name: str) -> str:
         return ""
     library = _extension.load(name)
     isa = f", {_extension.cpu_instruction_set()} kernels" if name == "cpu" else ""
-    return f" ({library.origin} library{isa})"
+    replaced = f"; {library.error}" if library.error is not None else ""
+    return f" ({library.origin} library{isa}{replaced})"

@@ -48,8 +48,19 @@ def load(device: str) -> Library:
     """Loads the library for "cpu" or "cuda", compiling it if needed. Tried once per process."""
     with _lock:
         if device not in _libraries:
-            _libraries[device] = _load_prebuilt(device) or _load_jit(device)
+            _libraries[device] = _load(device)
         return _libraries[device]
+
+
+def _load(device: str) -> Library:
+    prebuilt = _load_prebuilt(device)
+    if prebuilt is None:
+        return _load_jit(device)
+    if prebuilt.origin is not None:
+        return prebuilt
+    compiled = _load_jit(device)
+    error = prebuilt.error if compiled.error is None else f"{prebuilt.error}; {compiled.error}"
+    return Library(compiled.origin, compiled.path, error)
 
 
 def load_prebuilt() -> None:
@@ -59,11 +70,6 @@ def load_prebuilt() -> None:
             library = _load_prebuilt(device)
             if library is not None and library.origin is not None:
                 _libraries[device] = library
-
-
-def is_loaded(device: str) -> bool:
-    """Whether the library is in this process already, so that `load` costs nothing."""
-    return device in _libraries and _libraries[device].origin is not None
 
 
 def why_no_jit(device: str) -> str | None:

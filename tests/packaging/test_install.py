@@ -38,10 +38,7 @@ needs_checkout = pytest.mark.skipif(
 
 # Imports, trains a step and says what ran.
 TRAIN = """
-import sys
 import torch, vitadapter, vitadapter_ops
-for name in ("triton", "pytest"):
-    assert name not in sys.modules or name == "triton" and {triton}, name
 module = vitadapter_ops.MSDeformAttn(d_model=16, n_levels=1, n_heads=2)
 out = module(torch.randn(2, 5, 16), torch.rand(2, 5, 1, 2), torch.randn(2, 12, 16), [(3, 4)])
 out.square().sum().backward()
@@ -123,7 +120,7 @@ def test_pure_wheel_carries_the_kernels_source(pure_site):
 
 @needs_checkout
 def test_trains_with_neither_compiler_nor_triton(pure_site, no_compiler, tmp_path):
-    code = "import sys; sys.modules['triton'] = None\n" + TRAIN.format(triton=True)
+    code = "import sys; sys.modules['triton'] = None\n" + TRAIN
     env = environment(pure_site, PATH=no_compiler, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     text = python(code, tmp_path, env).stdout
     assert "backends: ['reference']" in text
@@ -135,11 +132,11 @@ def test_trains_with_neither_compiler_nor_triton(pure_site, no_compiler, tmp_pat
 @needs_compiler
 def test_jit_builds_once_says_so_and_is_cached(pure_site, tmp_path):
     env = environment(pure_site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    first = python(TRAIN.format(triton=True), tmp_path, env)
+    first = python(TRAIN, tmp_path, env)
     assert "chosen by auto (JIT library" in first.stdout
     assert "compiling the cpu kernels for this machine, once" in first.stderr
     assert "compiled in" in first.stderr
-    second = python(TRAIN.format(triton=True), tmp_path, env)
+    second = python(TRAIN, tmp_path, env)
     assert "chosen by auto (JIT library" in second.stdout
     assert "compil" not in second.stderr
 
@@ -151,10 +148,22 @@ def test_failed_build_is_remembered_and_the_reference_serves(pure_site, tmp_path
     compiler.write_text('#!/bin/sh\necho "this compiler is broken" >&2\nexit 1\n')
     compiler.chmod(0o755)
     env = environment(pure_site, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    done = python(TRAIN.format(triton=True), tmp_path, env)
+    done = python(TRAIN, tmp_path, env)
     assert "backends: ['reference']" in done.stdout
     assert "compiling failed" in done.stdout
     assert done.stderr.count("compiling the cpu kernels") == 1
+
+
+@needs_checkout
+@needs_compiler
+def test_broken_prebuilt_library_is_replaced_and_reported(pure_site, tmp_path):
+    site = tmp_path / "site"
+    shutil.copytree(pure_site, site)
+    (site / "vitadapter_ops" / "_cpu.abi3.so").write_bytes(b"not a library")
+    env = environment(site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    text = python(TRAIN, tmp_path, env).stdout
+    assert "chosen by auto (JIT library" in text
+    assert "_cpu.abi3.so does not load" in text
 
 
 @needs_checkout
@@ -169,7 +178,7 @@ def test_prebuilt_wheel_holds_a_library_without_python_symbols(tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(path).extractall(site)
     env = environment(site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    done = python(TRAIN.format(triton=True), tmp_path, env)
+    done = python(TRAIN, tmp_path, env)
     assert "chosen by auto (prebuilt library" in done.stdout
     assert "compil" not in done.stderr
     libraries = list((site / "vitadapter_ops").glob("_c*.so"))
