@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,10 +109,31 @@ def _load_prebuilt(device: str) -> Library | None:
     return None
 
 
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """pip's ninja lies beside the interpreter, on PATH only in an activated environment."""
+    before = os.environ.get("PATH", "")
+    try:
+        import ninja
+    except ImportError:
+        yield
+        return
+    os.environ["PATH"] = before + os.pathsep + ninja.BIN_DIR
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
 def _load_jit(device: str) -> Library:
-    reason = why_no_jit(device)
-    if reason is not None:
-        return Library(None, error=reason)
+    with _ninja_on_path():
+        reason = why_no_jit(device)
+        if reason is not None:
+            return Library(None, error=reason)
+        return _compile(device)
+
+
+def _compile(device: str) -> Library:
     from torch.utils import cpp_extension
 
     source = source_dir()

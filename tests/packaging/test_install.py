@@ -143,6 +143,21 @@ def test_jit_builds_once_says_so_and_is_cached(pure_site, tmp_path):
 
 @needs_checkout
 @needs_compiler
+def test_jit_finds_pips_ninja_without_an_activated_environment(pure_site, tmp_path):
+    pytest.importorskip("ninja")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for directory in os.environ["PATH"].split(os.pathsep):
+        for program in Path(directory).glob("*"):
+            link = folder / program.name
+            if not program.name.startswith(("ninja", "python")) and not link.exists():
+                link.symlink_to(program)
+    env = environment(pure_site, PATH=str(folder), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    assert "chosen by auto (JIT library" in python(TRAIN, tmp_path, env).stdout
+
+
+@needs_checkout
+@needs_compiler
 def test_failed_build_is_remembered_and_the_reference_serves(pure_site, tmp_path):
     compiler = tmp_path / "broken-c++"
     compiler.write_text('#!/bin/sh\necho "this compiler is broken" >&2\nexit 1\n')
