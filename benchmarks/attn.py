@@ -68,7 +68,8 @@ PAPER_SIZE: Size = (800, 1280)
 # About two minutes on two cores, and large enough for the attention to matter. Multiples of 64,
 # so that no kind of attention has to pad its windows or stripes.
 CPU_SIZE: Size = (384, 576)
-RESULTS = Path(__file__).resolve().parent / "results"
+# Not the tracked folder benchmarks/results: a run must not stand in the way of the next git pull.
+OUT = Path(__file__).resolve().parent / "out"
 
 
 # --- what was published -------------------------------------------------------------------------
@@ -681,8 +682,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        default=RESULTS,
-        help="folder for the JSON and the chart (default: benchmarks/results)",
+        default=OUT,
+        help="folder for the JSON and the chart (default: benchmarks/out)",
     )
     args = parser.parse_args(argv)
     if args.paper and args.size:

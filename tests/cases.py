@@ -8,6 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Dtype of value, dtype of locations and weights.
+DTYPES = {
+    "fp64": (torch.float64, torch.float64),
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16_points_fp32": (torch.float16, torch.float32),
+    "bf16_points_fp32": (torch.bfloat16, torch.float32),
+}
+
 
 @dataclass(frozen=True)
 class Inputs:

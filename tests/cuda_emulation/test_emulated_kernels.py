@@ -22,14 +22,6 @@ from vitadapter_ops import _extension, ms_deform_attn
 
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "c++")
-DTYPES = {
-    "fp64": (torch.float64, torch.float64),
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16_points_fp32": (torch.float16, torch.float32),
-    "bf16_points_fp32": (torch.bfloat16, torch.float32),
-}
 CASES = [case for case in cases.SMALL if case.channels <= 128]
 
 
@@ -95,7 +87,7 @@ def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)
 
 
 def check(kernels, case, dtypes, packed=False):
-    dtype, points = DTYPES[dtypes]
+    dtype, points = cases.DTYPES[dtypes]
     inputs = case.inputs().to(dtype, points=points)
     exact = inputs.to(torch.float64)
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels).to(dtype)
@@ -119,13 +111,13 @@ def check(kernels, case, dtypes, packed=False):
         assert_as_accurate_as_eager(name, a, b, c)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(kernels, case, dtypes):
     check(kernels, case, dtypes)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("channels", [8, 16, 24, 64])
 def test_packed_loads_equal_the_reference(kernels, channels, dtypes):
     check(kernels, cases.Case("packed", ((5, 7), (3, 4)), channels=channels), dtypes, packed=True)

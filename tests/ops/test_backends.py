@@ -12,14 +12,6 @@ from tolerances import assert_as_accurate_as_eager
 from vitadapter_ops import ms_deform_attn
 
 NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")
-DTYPES = {
-    "fp64": (torch.float64, torch.float64),
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16-points-fp32": (torch.float16, torch.float32),
-    "bf16-points-fp32": (torch.bfloat16, torch.float32),
-}
 
 
 def run(function, inputs, cotangent):
@@ -40,7 +32,7 @@ def op(backend):
 
 def check(case, backend, dtypes):
     device, name = backend
-    dtype, points = DTYPES[dtypes]
+    dtype, points = cases.DTYPES[dtypes]
     rounded = case.inputs().to(dtype, points=points)
     exact = rounded.to(torch.float64)
     shape = (case.batch, case.queries, case.heads * case.channels)
@@ -56,13 +48,13 @@ def check(case, backend, dtypes):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_small_shapes(case, backend, dtypes):
     check(case, backend, dtypes)
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16-points-fp32"])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16_points_fp32"])
 @pytest.mark.parametrize("case", cases.MODEL, ids=str)
 def test_vit_adapter_shapes(case, backend, dtypes):
     check(case, backend, dtypes)
