@@ -23,9 +23,8 @@ using namespace vitadapter;
 template <typename acc>
 constexpr int kLanes = VITADAPTER_VECTOR_BYTES / static_cast<int>(sizeof(acc));
 
-// Sums that one pass keeps in registers: 16 of 32 (SSE, NEON, AVX-512: 4 and a little) would spill
-// nowhere, but 8 is all that AVX2's 16 registers leave; published widths fill at most 4 of
-// AVX-512's.
+// Vectors of sums that one pass keeps in registers. Four hold 64 fp32 channels on AVX-512, eight on
+// AVX2, the widths that models use; more would leave too few registers for the rest.
 constexpr int kMaxVectors = VITADAPTER_VECTOR_BYTES == 32 ? 8 : 4;
 
 template <int number>
@@ -84,7 +83,6 @@ template <typename T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) { resize(size); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
