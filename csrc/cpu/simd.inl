@@ -33,10 +33,26 @@ template <int N>
 VITADAPTER_HD Vec<double, N> load(const double* p) {
   return load_bits<double, N>(p);
 }
+// 16-bit integers widened to 32 bits. GCC would widen a full vector in two halves.
+template <int N>
+VITADAPTER_HD Vec<uint32_t, N> load_wide(const void* p) {
+#if defined(VITADAPTER_AVX512)
+  if constexpr (N == 16) {
+    return reinterpret_cast<Vec<uint32_t, N>>(
+        _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(load_bits<uint16_t, N>(p))));
+  }
+#endif
+#if defined(VITADAPTER_AVX2)
+  if constexpr (N == 8) {
+    return reinterpret_cast<Vec<uint32_t, N>>(
+        _mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(load_bits<uint16_t, N>(p))));
+  }
+#endif
+  return __builtin_convertvector((load_bits<uint16_t, N>(p)), Vec<uint32_t, N>);
+}
 template <int N>
 VITADAPTER_HD Vec<float, N> load(const bfloat16* p) {
-  const auto wide = __builtin_convertvector((load_bits<uint16_t, N>(p)), Vec<uint32_t, N>);
-  return reinterpret_cast<Vec<float, N>>(wide << 16);
+  return reinterpret_cast<Vec<float, N>>(load_wide<N>(p) << 16);
 }
 template <int N>
 VITADAPTER_HD Vec<float, N> load(const float16* p) {
@@ -53,7 +69,7 @@ VITADAPTER_HD Vec<float, N> load(const float16* p) {
   }
 #endif
   // As to_acc(float16), lane by lane.
-  const auto wide = __builtin_convertvector((load_bits<uint16_t, N>(p)), Vec<uint32_t, N>);
+  const Vec<uint32_t, N> wide = load_wide<N>(p);
   const Vec<uint32_t, N> magnitude = (wide & 0x7fffu) << 13;
   const Vec<float, N> scaled =
       reinterpret_cast<Vec<float, N>>(magnitude) * bits_float(0x77800000u);  // 2^112
