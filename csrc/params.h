@@ -28,13 +28,18 @@ struct Problem {
   int levels;
   Level level[kMaxLevels];
 
-  int64_t rows() const { return batch * queries * heads; }  // one output row is D channels
+  VITADAPTER_HD int64_t rows() const {
+    return batch * queries * heads;
+  }  // one output row is D channels
 };
 
 // value may be strided over B, S and M (a head-major [B, M, S, D] tensor needs no copy);
 // its channels and all other tensors are contiguous.
 struct ValueStrides {
   int64_t b, s, m;
+
+  // Offset of head m of image b.
+  VITADAPTER_HD int64_t plane(int64_t image, int64_t head) const { return image * b + head * m; }
 };
 
 template <typename value_t, typename loc_t>
@@ -63,6 +68,11 @@ struct BackwardParams {
   grad_t* grad_value;     // [B, S, M, D]; CPU: written; CUDA: zeroed by the caller, added to
   loc_t* grad_locations;  // [B, Q, M, L, P, 2], every element is written
   loc_t* grad_weights;    // [B, Q, M, L, P], every element is written
+
+  // Whether the dot products of grad_out with value are needed.
+  VITADAPTER_HD bool wants_points() const {
+    return grad_locations != nullptr || grad_weights != nullptr;
+  }
 };
 
 }  // namespace vitadapter

@@ -33,6 +33,19 @@ class Inputs:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.value, self.sampling_locations, self.attention_weights
 
+    @property
+    def flat_shapes(self) -> list[int]:
+        """H0, W0, H1, W1, ..., as the operator's schema has it."""
+        return [side for size in self.spatial_shapes for side in size]
+
+    @property
+    def starts(self) -> list[int]:
+        """First pixel of each level: as given, or one level after the other."""
+        if self.level_start_index is not None:
+            return self.level_start_index
+        areas = [height * width for height, width in self.spatial_shapes]
+        return [sum(areas[:level]) for level in range(len(areas))]
+
     def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
         """A copy with value in `dtype`; locations and weights in `points`, or in `dtype`."""
         points = points or dtype

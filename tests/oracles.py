@@ -16,10 +16,7 @@ def plain_loops(inputs) -> Tensor:
     batch, _, heads, channels = value.shape
     _, queries, _, _, points, _ = locations.shape
     out = torch.zeros(batch, queries, heads, channels, dtype=torch.float64)
-    starts = inputs.level_start_index
-    if starts is None:
-        areas = [h * w for h, w in inputs.spatial_shapes]
-        starts = [sum(areas[:level]) for level in range(len(areas))]
+    starts = inputs.starts
     for b in range(batch):
         for q in range(queries):
             for m in range(heads):

@@ -12,7 +12,8 @@ namespace vitadapter::cpu {
 // beside the pixels that they read.
 inline int64_t tile_queries(const Problem& n) {
   const int64_t points = n.levels * n.points;
-  return points >= 512 ? 1 : 512 / (points > 0 ? points : 1);
+  const int64_t queries = points >= 512 ? 1 : 512 / (points > 0 ? points : 1);
+  return queries < n.queries ? queries : n.queries;
 }
 inline int64_t tiles_per_plane(const Problem& n) {
   const int64_t tile = tile_queries(n);

@@ -113,11 +113,15 @@ struct LevelsOfPoints {
   LevelsOfPoints(const Problem& n, int64_t queries) {
     const int64_t each = n.levels * n.points;
     for (auto* v : {&height, &width, &start}) v->resize(queries * each);
-    for (int64_t j = 0; j < queries * each; ++j) {
-      const Level& level = n.level[j % each / n.points];
-      height[j] = level.height;
-      width[j] = level.width;
-      start[j] = static_cast<int32_t>(level.start);
+    int64_t j = 0;
+    for (int64_t q = 0; q < queries; ++q) {
+      for (int l = 0; l < n.levels; ++l) {
+        for (int64_t i = 0; i < n.points; ++i, ++j) {
+          height[j] = n.level[l].height;
+          width[j] = n.level[l].width;
+          start[j] = static_cast<int32_t>(n.level[l].start);
+        }
+      }
     }
   }
 };
@@ -156,6 +160,13 @@ struct Part {
     return (b * n.queries + first + q) * n.heads + m;
   }
 };
+
+// The part that is task (b, m, tile).
+Part part_of(const Problem& n, int64_t task) {
+  const int64_t tiles = cpu::tiles_per_plane(n), queries = cpu::tile_queries(n);
+  const int64_t first = task % tiles * queries, plane = task / tiles;
+  return Part{plane / n.heads, plane % n.heads, first, smaller(queries, n.queries - first)};
+}
 
 // Copies `size` numbers, or pairs, from storage into consecutive accumulators.
 template <typename loc_t, typename acc>
@@ -270,14 +281,13 @@ template <typename value_t, typename loc_t>
 void forward(const ForwardParams<value_t, loc_t>& p, int64_t begin, int64_t end) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
-  const int64_t tiles = cpu::tiles_per_plane(n), queries = cpu::tile_queries(n);
+  const int64_t queries = cpu::tile_queries(n);
   const LevelsOfPoints levels(n, queries);
   Tile<acc> tile(queries * n.levels * n.points, false);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task % tiles * queries, plane = task / tiles;
-    const Part part{plane / n.heads, plane % n.heads, first, smaller(queries, n.queries - first)};
+    const Part part = part_of(n, task);
     place(n, part, p.locations, p.weights, levels, tile);
-    const value_t* base = p.value + part.b * p.stride.b + part.m * p.stride.m;
+    const value_t* base = p.value + p.stride.plane(part.b, part.m);
     for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
       sample<decltype(lanes)::value, decltype(vectors)::value>(
           n, part, base + span.first, p.stride.s, tile, p.out + span.first);
@@ -366,22 +376,16 @@ void finish(const BackwardParams<value_t, loc_t, value_t>& p, const Part& part,
 }
 
 template <typename value_t, typename loc_t>
-bool wants_points(const BackwardParams<value_t, loc_t, value_t>& p) {
-  return p.grad_locations != nullptr || p.grad_weights != nullptr;
-}
-
-template <typename value_t, typename loc_t>
 void backward_points(const BackwardParams<value_t, loc_t, value_t>& p, int64_t begin, int64_t end) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
-  const int64_t tiles = cpu::tiles_per_plane(n), queries = cpu::tile_queries(n);
+  const int64_t queries = cpu::tile_queries(n);
   const LevelsOfPoints levels(n, queries);
   Tile<acc> tile(queries * n.levels * n.points, true);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task % tiles * queries, plane = task / tiles;
-    const Part part{plane / n.heads, plane % n.heads, first, smaller(queries, n.queries - first)};
+    const Part part = part_of(n, task);
     place(n, part, p.locations, p.weights, levels, tile);
-    const value_t* base = p.value + part.b * p.stride.b + part.m * p.stride.m;
+    const value_t* base = p.value + p.stride.plane(part.b, part.m);
     for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
       sample_backward<Want::kDots, decltype(lanes)::value, decltype(vectors)::value>(
           n, part, span, p.grad_out, base + span.first, p.stride.s, tile,
@@ -398,7 +402,7 @@ void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, int64_t ba
   const Problem& n = p.problem;
   const int64_t queries = cpu::tile_queries(n);
   const LevelsOfPoints levels(n, queries);
-  const bool both = bands == 1 && wants_points(p);
+  const bool both = bands == 1 && p.wants_points();
   Tile<acc> tile(queries * n.levels * n.points, both);
   Band<acc> band;
   for (int64_t task = begin; task < end; ++task) {
@@ -407,7 +411,7 @@ void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, int64_t ba
     band.first = n.pixels * index / bands;
     band.count = n.pixels * (index + 1) / bands - band.first;
     band.whole = bands == 1;
-    const value_t* base = p.value + part.b * p.stride.b + part.m * p.stride.m;
+    const value_t* base = p.value + p.stride.plane(part.b, part.m);
     const int64_t offset = ((part.b * n.pixels + band.first) * n.heads + part.m) * n.channels;
     // Tiles inside spans: a span's sums are one block of memory, and are written out once. Dot
     // products span all channels, so that with several spans they take a pass of their own.

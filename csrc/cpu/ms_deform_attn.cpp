@@ -42,12 +42,11 @@ struct Cpu {
     const auto& kernel = kernels().get(static_cast<Kernels<value_t, loc_t>*>(nullptr));
     const Problem& n = p.problem;
     const int64_t planes = n.batch * n.heads, threads = torch::stable::get_num_threads();
-    const bool points = p.grad_locations != nullptr || p.grad_weights != nullptr;
     // A plane's gradient of value has one owner. Too few planes for the threads, or a remainder
     // that would leave threads idle: planes are cut into bands, and the points get their own pass.
     const bool whole = planes % threads == 0 || planes >= 4 * threads;
     const int64_t bands = whole ? 1 : (4 * threads + planes - 1) / planes;
-    if (points && !(whole && p.grad_value != nullptr)) {
+    if (p.wants_points() && !(whole && p.grad_value != nullptr)) {
       run(n, planes * tiles_per_plane(n),
           [&](int64_t begin, int64_t end) { kernel.backward_points(p, begin, end); });
     }

@@ -39,12 +39,12 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) ms_deform_a
   const Problem& n = p.problem;
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  const int64_t rows = n.batch * n.queries * n.heads;
-  const bool need_dots = p.grad_locations != nullptr || p.grad_weights != nullptr;
+  const int64_t rows = n.rows();
+  const bool need_dots = p.wants_points();
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
        row < rows; row += warps) {
     const int64_t m = row % n.heads, b = row / (n.heads * n.queries);
-    const value_t* plane = p.value + b * p.stride.b + m * p.stride.m;
+    const value_t* plane = p.value + p.stride.plane(b, m);
     const value_t* grad_out = p.grad_out + row * n.channels;
     int64_t i = row * n.levels * n.points;
     for (int l = 0; l < n.levels; ++l) {

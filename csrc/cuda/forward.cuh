@@ -29,13 +29,13 @@ __global__ void __launch_bounds__(kForwardThreads)
   using pack = Pack<value_t, VEC>;
   const Problem& n = p.problem;
   const int64_t groups = n.channels / VEC;
-  const int64_t total = n.batch * n.queries * n.heads * groups;
+  const int64_t total = n.rows() * groups;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; t < total;
        t += step) {
     const int64_t row = t / groups, c = (t - row * groups) * VEC;
     const int64_t m = row % n.heads, b = row / (n.heads * n.queries);
-    const value_t* plane = p.value + b * p.stride.b + m * p.stride.m + c;
+    const value_t* plane = p.value + p.stride.plane(b, m) + c;
     int64_t i = row * n.levels * n.points;
     acc sum[VEC] = {};
     for (int l = 0; l < n.levels; ++l) {

@@ -52,13 +52,8 @@ def kernels(tmp_path_factory):
 
 
 def levels_of(inputs):
-    levels, start = [], 0
-    for i, (height, width) in enumerate(inputs.spatial_shapes):
-        if inputs.level_start_index is not None:
-            start = inputs.level_start_index[i]
-        levels += [height, width, start]
-        start += height * width
-    return levels
+    pairs = zip(inputs.spatial_shapes, inputs.starts, strict=True)
+    return [number for (height, width), start in pairs for number in (height, width, start)]
 
 
 def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)):

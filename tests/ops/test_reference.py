@@ -10,19 +10,15 @@ from tolerances import assert_same_definition
 from vitadapter_ops import ms_deform_attn, reference
 
 
-def flat(inputs):
-    starts = inputs.level_start_index
-    if starts is None:
-        areas = [h * w for h, w in inputs.spatial_shapes]
-        starts = [sum(areas[:level]) for level in range(len(areas))]
-    return [side for size in inputs.spatial_shapes for side in size], starts
-
-
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_equals_plain_loops(case):
     inputs = case.inputs()
     got = reference.ms_deform_attn(
-        inputs.value, *flat(inputs), inputs.sampling_locations, inputs.attention_weights
+        inputs.value,
+        inputs.flat_shapes,
+        inputs.starts,
+        inputs.sampling_locations,
+        inputs.attention_weights,
     )
     assert_same_definition("output", got, oracles.plain_loops(inputs))
 
@@ -51,7 +47,7 @@ def test_output_and_gradients_equal_grid_sample(case):
 def test_backward_equals_autograd_of_forward(case):
     inputs = case.inputs()
     tensors = [t.requires_grad_() for t in inputs.tensors]
-    shapes = flat(inputs)
+    shapes = inputs.flat_shapes, inputs.starts
     out = reference.ms_deform_attn(tensors[0], *shapes, *tensors[1:])
     cotangent = torch.randn_like(out)
     expected = torch.autograd.grad(out, tensors, cotangent, allow_unused=True)

@@ -16,12 +16,13 @@ OPCHECK_CASES = [case for case in cases.SMALL if case.pixels is None and case.st
 
 def op_arguments(case, dtype=torch.float32):
     inputs = case.inputs().to(dtype)
-    starts, total = [], 0
-    for height, width in inputs.spatial_shapes:
-        starts.append(total)
-        total += height * width
-    shapes = [side for size in inputs.spatial_shapes for side in size]
-    return [inputs.value, shapes, starts, inputs.sampling_locations, inputs.attention_weights]
+    return [
+        inputs.value,
+        inputs.flat_shapes,
+        inputs.starts,
+        inputs.sampling_locations,
+        inputs.attention_weights,
+    ]
 
 
 def dense_permuted(tensor):
