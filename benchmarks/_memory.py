@@ -36,6 +36,8 @@ _OUT_OF_MEMORY_PHRASES = (
     "could not create a memory",
     "not enough memory",
 )
+# How it reads where the cause is not told.
+_VAGUE_PHRASES = ("could not create a primitive", "API call failed")
 
 
 class ChildError(RuntimeError):
@@ -155,11 +157,13 @@ def limited(headroom: int | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # oneDNN says only this when it gets no memory for its code, but also for other reasons.
-        # The error's frames still hold their tensors here, so the space left tells which it was.
+        # oneDNN, and allocations of our operators through torch's stable ABI, say only this when
+        # they get no memory, but also for other reasons. The error's frames still hold their
+        # tensors here, so the space left tells which it was.
         left = limit - (_status_bytes("VmSize") or 0)
-        if "could not create a primitive" in str(error) and left < max(64 * 2**20, headroom // 10):
-            raise MemoryError(f"oneDNN: {error}") from error
+        vague = any(phrase in str(error) for phrase in _VAGUE_PHRASES)
+        if vague and left < max(64 * 2**20, headroom // 10):
+            raise MemoryError(str(error)) from error
         raise
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
