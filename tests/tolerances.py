@@ -17,6 +17,11 @@ FLOOR_ULPS = 2.0
 # own order; measured at most 3 units in the last place of the largest result.
 DEFINITION_ULPS = 16.0
 
+# fp64 on the CPU against the reference, which takes the same products in another order: it sums each
+# level on its own, and torch's sum takes its terms in any order, as index_add_ does. Measured over
+# 30 shapes: at most 2.2 units for the output, 4.0 for the gradient of value, 2.7 for the others.
+CPU_FP64_ULPS = 8.0
+
 
 def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
@@ -36,9 +41,11 @@ def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Te
     )
 
 
-def assert_same_definition(name: str, got: Tensor, exact: Tensor) -> None:
-    """Holds an fp64 result to an independent fp64 result."""
+def assert_same_definition(
+    name: str, got: Tensor, exact: Tensor, ulps: float = DEFINITION_ULPS
+) -> None:
+    """Holds an fp64 result to another fp64 result."""
     assert got.dtype == exact.dtype == torch.float64
-    bound = DEFINITION_ULPS * eps(torch.float64) * max(exact.abs().max().item(), 1e-300)
+    bound = ulps * eps(torch.float64) * max(exact.abs().max().item(), 1e-300)
     error = (got - exact).abs().max().item()
     assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"

@@ -199,22 +199,6 @@ def test_more_levels_than_the_kernels_take_runs_on_the_reference():
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8])
-def test_cpu_results_do_not_depend_on_the_thread_count(threads):
-    inputs = cases.MODEL[1].inputs(dtype=torch.float32)
-    cotangent = torch.randn(1, inputs.sampling_locations.shape[1], 384)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = run(op("cpu"), inputs, cotangent)
-        torch.set_num_threads(threads)
-        got = run(op("cpu"), inputs, cotangent)
-    finally:
-        torch.set_num_threads(before)
-    for what, a, b in zip(NAMES, got, expected, strict=True):
-        assert torch.equal(a, b), what
-
-
 def test_deterministic_algorithms_give_the_same_bits_every_time(backend):
     device, name = backend
     inputs = cases.SMALL[3].inputs().to(torch.float32, device)

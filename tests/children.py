@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child processes: an instruction set and a sanitizer are chosen once per process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ISAS = ("baseline", "avx2", "avx512")
+
+# What runs the CPU kernels, all of it with small tensors.
+CPU_TESTS = (
+    str(ROOT / "tests" / "ops" / "test_backends.py"),
+    str(ROOT / "tests" / "ops" / "test_cpu_kernels.py"),
+)
+CPU_TESTS_ONLY = "(cpu-on-cpu or test_cpu_kernels) and not vit_adapter"
+
+
+def python(
+    arguments: list[str], cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs this interpreter with changes to the environment; sys.path begins with `cwd`."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(cwd), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def pytest_on_cpu_kernels(
+    only: str = CPU_TESTS_ONLY, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the tests of the CPU kernels with the package that lies in `cwd`."""
+    options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-k", only]
+    # No capturing: what a sanitizer writes as it ends the process would be lost.
+    options += ["-s", "--tb=short", f"--rootdir={ROOT}", "-o", f"pythonpath={ROOT / 'tests'}"]
+    return python(["-m", "pytest", *options, *CPU_TESTS], cwd, **environment)
+
+
+@functools.cache
+def error_of_unknown_isa() -> str:
+    code = (
+        "import torch, vitadapter_ops as v\n"
+        "points = torch.full((1, 1, 1, 1, 1, 2), 0.5)\n"
+        "try:\n"
+        "    v.ms_deform_attn(torch.ones(1, 1, 1, 1), [(1, 1)], points, points[..., 0])\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    done = python(["-c", code], VITADAPTER_CPU_ISA="mmx")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def require_isa(isa: str) -> None:
+    """Skips where the processor lacks the instruction set."""
+    match = re.search(r"expected one of (.*) on this processor", error_of_unknown_isa())
+    assert match, error_of_unknown_isa()
+    if isa not in match[1].split(", "):
+        pytest.skip(f"this processor has no {isa}")
