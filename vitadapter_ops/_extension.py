@@ -138,8 +138,11 @@ def _compile(device: str) -> Library:
 
     source = source_dir()
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    # One build folder per content, so that two installations never rebuild each other's library.
+    flags = " ".join([*_build.CXX_FLAGS, *_build.NVCC_FLAGS]).encode()
+    contents = b"".join(path.read_bytes() for path in files)
+    digest = hashlib.sha256(contents + flags).hexdigest()[:12]
+    # One build folder per content and flags, so that two installations never rebuild each other's
+    # library, and one built for a sanitizer is never taken for another.
     name = f"vitadapter_ops_{device}_{digest}"
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     first = not any(folder.glob(f"{name}*.so"))
