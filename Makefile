@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The commands of a fresh machine: `make bench` and `make test`. Each makes .venv if needed, installs
-# the package with what it needs, and runs the job.
+# the package with what it needs, and runs the job. `make sanitize` runs the CPU kernels under
+# AddressSanitizer and UndefinedBehaviorSanitizer, of which `make test` does a part.
 #
 #   TORCH   which torch, as pip writes it: TORCH=torch==2.13.0. Default: any supported release, which
 #           is the newest one on a fresh machine.
@@ -18,13 +19,16 @@ LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
 
-.PHONY: bench test lint format wheel clean FORCE
+.PHONY: bench test sanitize lint format wheel clean FORCE
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+sanitize: .venv/installed
+	SANITIZE_EVERYTHING=1 $(BIN)/python -m pytest tests/sanitize $(ARGS)
 
 lint: .venv/installed .venv/lint
 	$(BIN)/ruff check .

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU library passes its tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+A copy of the package whose flags ask for both is compiled as any JIT build is, and runs in a Python
+into which the sanitizers' libraries are preloaded, so that torch's memory is watched too. That they
+catch mistakes is tested: tensors that claim more memory than they have, and kernels with a mistake.
+
+`make sanitize` does all of it, in minutes; otherwise the baseline kernels pass a part of the tests.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import children
+from vitadapter_ops import _extension
+
+EVERYTHING = os.environ.get("SANITIZE_EVERYTHING") == "1"
+ISAS = children.ISAS if EVERYTHING else ("baseline",)
+CXX = os.environ.get("CXX", "c++")
+FLAGS = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    # AddressSanitizer sees both as they happen; to test for them again doubles the compile time.
+    "-fno-sanitize=null,object-size",
+    "-fno-sanitize-recover=all",
+]
+# libstdc++ beside them: the sanitizer looks for what throws exceptions before torch brings it.
+RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+
+
+def runtimes() -> list[str]:
+    """The libraries to preload, or a skip where the compiler has none."""
+    if not sys.platform.startswith("linux") or shutil.which(CXX) is None:
+        pytest.skip("needs Linux and a C++ compiler")
+    paths = []
+    for name in RUNTIMES:
+        command = [CXX, f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        path = Path(done.stdout.strip())
+        if not path.is_absolute():
+            pytest.skip(f"{CXX} has no {name}")
+        paths.append(str(path.resolve()))
+    return paths
+
+
+def copy_package(folder: Path, every_isa: bool) -> Path:
+    """The package without prebuilt libraries, with the sanitizers' flags after its own.
+
+    The kernels of one instruction set compile in a third of the time.
+    """
+    package = folder / "vitadapter_ops"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "csrc")
+    shutil.copytree(Path(_extension.__file__).parent, package, ignore=ignore)
+    shutil.copytree(_extension.source_dir(), package / "csrc")
+    if not every_isa:
+        for path in (package / "csrc" / "cpu").iterdir():
+            path.write_text(path.read_text().replace("defined(__x86_64__)", "0"))
+    with (package / "_build.py").open("a") as file:
+        # The compiler, a child of the process that needs the preloaded libraries, does not.
+        file.write(f"\nCXX_FLAGS += {FLAGS!r}\n__import__('os').environ.pop('LD_PRELOAD', None)\n")
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For a process that uses the copy in `folder`; the library stays there too."""
+    return {
+        "TORCH_EXTENSIONS_DIR": str(folder / "cache"),
+        "LD_PRELOAD": " ".join(runtimes()),
+        # Python keeps what it allocates until it exits.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder with the sanitized package, its library compiled."""
+    runtimes()
+    folder = copy_package(tmp_path_factory.mktemp("sanitized"), EVERYTHING)
+    code = "import vitadapter_ops as v; print(v.explain_backend())"
+    done = children.python(["-c", code], folder, **environment(folder))
+    assert "chosen by auto (JIT library" in done.stdout, done.stdout + done.stderr[-4000:]
+    return folder
+
+
+# Left out: what is slow here, and in it nothing of the kernels that other tests do not have.
+ONLY = f"{children.CPU_TESTS_ONLY} and not other_python_threads and not 1000"
+if not EVERYTHING:
+    ONLY += " and not fp64 and not bf16 and not run_to_run"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_kernels_are_clean(site, isa):
+    children.require_isa(isa)
+    done = children.pytest_on_cpu_kernels(ONLY, site, VITADAPTER_CPU_ISA=isa, **environment(site))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    assert "passed" in done.stdout
+
+
+ARGUMENTS = ("value", "locations", "weights", "gradient")
+# For each name, in a process forked off: a call in which the argument of this name is shorter than
+# its shape says. numpy lets it.
+LIES = """
+import os, sys
+import numpy, torch
+from vitadapter_ops import _extension, ms_deform_attn
+assert _extension.load("cpu").origin == "JIT", _extension.load("cpu")
+
+def call(liar):
+    def tensor(name, *shape):
+        held = numpy.full(int(numpy.prod(shape)) - (name == liar), 0.5, numpy.float32)
+        strides = numpy.empty(shape, numpy.float32).strides
+        return torch.from_numpy(numpy.lib.stride_tricks.as_strided(held, shape, strides))
+    value = tensor("value", 1, 16, 2, 19).requires_grad_()
+    points = tensor("locations", 1, 50, 2, 1, 3, 2)
+    points[0, 0] = 0.875  # the last pixel
+    weights = tensor("weights", 1, 50, 2, 1, 3)
+    out = ms_deform_attn(value, [(4, 4)], points, weights, backend="cpu")
+    print("forward done", file=sys.stderr)
+    out.backward(tensor("gradient", 1, 50, 38))
+    print("backward done", file=sys.stderr)
+
+for name in sys.argv[1:]:
+    print("call:", name, file=sys.stderr, flush=True)
+    child = os.fork()
+    if child == 0:
+        call(name)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_reading_beyond_the_memory_of_an_argument_is_caught(site, isa):
+    children.require_isa(isa)
+    arguments = ["-c", LIES, "nothing", *ARGUMENTS]
+    done = children.python(arguments, site, VITADAPTER_CPU_ISA=isa, **environment(site))
+    assert done.returncode == 0, done.stderr
+    reports = dict(text.split("\n", 1) for text in done.stderr.split("call: ")[1:])
+    assert reports.pop("nothing") == "forward done\nbackward done\n"
+    assert tuple(reports) == ARGUMENTS
+    for argument, report in reports.items():
+        assert "ERROR: AddressSanitizer: heap-buffer-overflow" in report, argument
+        assert "csrc/cpu/kernels.inl" in report, argument
+        assert ("forward done" in report) == (argument == "gradient")
+
+
+MUTATIONS = {
+    "column beyond the map": (
+        "bilinear.h",
+        "index[1] = high_in * high + (1 - high_in) * (size - 1);",
+        "index[1] = high;",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "point off the map converted to a pixel": (
+        "bilinear.h",
+        "x = inside ? x : T(0);",
+        "x = x;",
+        "runtime error: ",
+    ),
+}
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="compiles for minutes: make sanitize")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_in_the_kernels_is_caught(name, tmp_path):
+    file, right, wrong, message = MUTATIONS[name]
+    folder = copy_package(tmp_path, every_isa=False)
+    csrc = folder / "vitadapter_ops" / "csrc"
+    text = (csrc / file).read_text()
+    assert text.count(right) == 1
+    (csrc / file).write_text(text.replace(right, wrong))
+    done = children.pytest_on_cpu_kernels(ONLY, folder, **environment(folder))
+    assert done.returncode != 0
+    assert message in done.stderr, done.stdout[-4000:] + done.stderr[-4000:]
