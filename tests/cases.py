@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Grids = tuple[tuple[int, int], ...]  # (H, W) of each
+
+# Of local sampling points around their query, in pixels of the level they sample. Trained models
+# look a few pixels away.
+LOCAL_SPREAD = 2.0
+
 # Dtype of value, dtype of locations and weights.
 DTYPES = {
     "fp64": (torch.float64, torch.float64),
@@ -60,10 +66,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """A shape: B batch, Q queries, M heads, D channels per head, P points, and the levels."""
+    """A shape: B batch, Q queries, M heads, D channels per head, P points, and the levels.
+
+    Sampling points lie anywhere ("uniform"), or around their query's own position ("local"): the
+    pixel centres of `grids`, one after the other and again from the first where they are fewer than
+    the queries; without grids anywhere on the map.
+    """
 
     name: str
-    shapes: tuple[tuple[int, int], ...]
+    shapes: Grids
     batch: int = 2
     queries: int = 7
     heads: int = 3
@@ -71,10 +82,38 @@ class Case:
     points: int = 4
     starts: tuple[int, ...] | None = None
     pixels: int | None = None
-    spread: float = 0.3  # how far beyond the map, as a fraction of it, locations may lie
+    spread: float = 0.3  # how far beyond the map, as a fraction of it, uniform locations may lie
+    locations: str = "uniform"
+    grids: Grids = ()
 
     def __str__(self) -> str:
         return self.name
+
+    def positions(self, generator: torch.Generator) -> Tensor:
+        """Each query's own position [B, Q, 2], (x, y) as fractions of the map."""
+        if not self.grids:
+            size = (self.batch, self.queries, 2)
+            return torch.rand(size, generator=generator, dtype=torch.float64)
+        centres = []
+        for h, w in self.grids:
+            y = (torch.arange(h, dtype=torch.float64) + 0.5) / h
+            x = (torch.arange(w, dtype=torch.float64) + 0.5) / w
+            centres.append(torch.cartesian_prod(y, x).flip(-1))
+        every = torch.cat(centres)
+        return every[torch.arange(self.queries) % len(every)].expand(self.batch, -1, -1)
+
+    def _locations(self, generator: torch.Generator) -> Tensor:
+        """[B, Q, M, L, P, 2] in fp64."""
+        size = (self.batch, self.queries, self.heads, len(self.shapes), self.points, 2)
+        if self.locations == "uniform":
+            locations = torch.rand(size, generator=generator, dtype=torch.float64)
+            return locations * (1 + 2 * self.spread) - self.spread
+        if self.locations != "local":
+            raise ValueError(f"locations: expected uniform or local, got {self.locations!r}")
+        around = self.positions(generator)[:, :, None, None, None]
+        pixels = torch.randn(size, generator=generator, dtype=torch.float64) * LOCAL_SPREAD
+        sides = torch.tensor([(w, h) for h, w in self.shapes], dtype=torch.float64)
+        return around + pixels / sides[:, None]
 
     def inputs(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
         """Random inputs, with every sampling point at least 0.05 pixels from a pixel's centre line.
@@ -85,15 +124,13 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         pixels = self.pixels or sum(h * w for h, w in self.shapes)
         value = torch.randn(self.batch, pixels, self.heads, self.channels, generator=g)
-        size = (self.batch, self.queries, self.heads, len(self.shapes), self.points)
-        locations = torch.rand(*size, 2, generator=g, dtype=torch.float64)
-        locations = locations * (1 + 2 * self.spread) - self.spread
+        locations = self._locations(g)
         for level, (h, w) in enumerate(self.shapes):
             scale = torch.tensor([w, h], dtype=torch.float64)
             pixel = locations[:, :, :, level] * scale - 0.5
             pixel = pixel.floor() + (pixel - pixel.floor()).clamp(0.05, 0.95)
             locations[:, :, :, level] = (pixel + 0.5) / scale
-        weights = torch.rand(*size, generator=g, dtype=torch.float64)
+        weights = torch.rand(locations.shape[:-1], generator=g, dtype=torch.float64)
         weights = weights / weights.sum((3, 4), keepdim=True).clamp_min(1e-9)
         return Inputs(
             value.to(dtype),
@@ -133,10 +170,26 @@ def vit_adapter(size: str, image: int) -> tuple[Case, Case]:
     vit = grids[1][0] * grids[1][1]
     name = f"{size}-{image}"
     return (
-        Case(f"injector-{name}", grids, 1, vit, heads, channels, spread=0.05),
-        Case(f"extractor-{name}", grids[1:2], 1, tokens, heads, channels, spread=0.05),
+        Case(f"injector-{name}", grids, 1, vit, heads, channels, spread=0.05, grids=grids[1:2]),
+        Case(f"extractor-{name}", grids[1:2], 1, tokens, heads, channels, spread=0.05, grids=grids),
+    )
+
+
+def deformable_detr() -> tuple[Case, Case]:
+    """Encoder and decoder of Deformable DETR for an 800x1066 image; the decoder with two images."""
+    levels = ((100, 134), (50, 67), (25, 34), (13, 17))
+    pixels = sum(h * w for h, w in levels)
+    return (
+        Case("encoder-detr", levels, 1, pixels, 8, 32, spread=0.05, grids=levels),
+        Case("decoder-detr", levels, 2, 300, 8, 32, spread=0.05),
     )
 
 
 MODEL = tuple(case for size in "SBL" for case in vit_adapter(size, 512))
 ALL = SMALL + MODEL
+# What benchmarks/op.py times.
+BENCH = (
+    *MODEL,
+    *(case for size in "SBL" for case in vit_adapter(size, 1024)),
+    *deformable_detr(),
+)

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 import cases
-import oracles
-from tolerances import assert_as_accurate_as_eager
-from vitadapter_ops import _extension, ms_deform_attn
+import gate
+from vitadapter_ops import _extension
 
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "c++")
@@ -82,28 +81,7 @@ def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)
 
 
 def check(kernels, case, dtypes, packed=False):
-    dtype, points = cases.DTYPES[dtypes]
-    inputs = case.inputs().to(dtype, points=points)
-    exact = inputs.to(torch.float64)
-    cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels).to(dtype)
-
-    def run(function, inputs):
-        tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
-        starts = inputs.level_start_index
-        out = function(tensors[0], inputs.spatial_shapes, *tensors[1:], starts)
-        grads = torch.autograd.grad(out, tensors, cotangent.to(out))
-        return [t.detach() for t in (out, *grads)]
-
-    def reference(value, shapes, locations, weights, starts):
-        return ms_deform_attn(
-            value, shapes, locations, weights, level_start_index=starts, backend="reference"
-        )
-
-    names = ("output", "gradient of value", "gradient of locations", "gradient of weights")
-    got = emulate(kernels, dtypes, inputs, cotangent, packed)
-    eager, expected = run(oracles.grid_sample, inputs), run(reference, exact)
-    for name, a, b, c in zip(names, got, eager, expected, strict=True):
-        assert_as_accurate_as_eager(name, a, b, c)
+    gate.check(case, dtypes, lambda *args: emulate(kernels, dtypes, *args, packed))
 
 
 @pytest.mark.parametrize("dtypes", cases.DTYPES)

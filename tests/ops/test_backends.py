@@ -8,56 +8,23 @@ import torch
 
 import cases
 import oracles
-from tolerances import assert_as_accurate_as_eager
+from gate import NAMES, check_backend, op, run
 from vitadapter_ops import ms_deform_attn
-
-NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")
-
-
-def run(function, inputs, cotangent):
-    tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
-    out = function(tensors[0], inputs.spatial_shapes, *tensors[1:], inputs.level_start_index)
-    grads = torch.autograd.grad(out, tensors, cotangent.to(out))
-    return [t.detach().cpu() for t in (out, *grads)]
-
-
-def op(backend):
-    def function(value, shapes, locations, weights, starts):
-        return ms_deform_attn(
-            value, shapes, locations, weights, level_start_index=starts, backend=backend
-        )
-
-    return function
-
-
-def check(case, backend, dtypes):
-    device, name = backend
-    dtype, points = cases.DTYPES[dtypes]
-    rounded = case.inputs().to(dtype, points=points)
-    exact = rounded.to(torch.float64)
-    shape = (case.batch, case.queries, case.heads * case.channels)
-    cotangent = torch.randn(shape).to(dtype)
-    exact_results = run(op("reference"), exact, cotangent)
-    eager_results = run(oracles.grid_sample, rounded, cotangent)
-    results = run(op(name), rounded.to(dtype, device, points), cotangent.to(device))
-    for what, got, eager, expected in zip(
-        NAMES, results, eager_results, exact_results, strict=True
-    ):
-        assert got.dtype == (dtype if what in NAMES[:2] else points)
-        assert_as_accurate_as_eager(what, got, eager, expected)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_small_shapes(case, backend, dtypes):
-    check(case, backend, dtypes)
+    device, name = backend
+    check_backend(case, dtypes, name, device)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16_points_fp32"])
 @pytest.mark.parametrize("case", cases.MODEL, ids=str)
 def test_vit_adapter_shapes(case, backend, dtypes):
-    check(case, backend, dtypes)
+    device, name = backend
+    check_backend(case, dtypes, name, device)
 
 
 def test_strided_inputs_and_gradient(backend):
