@@ -20,6 +20,9 @@ from _memory import first_line, is_out_of_memory
 
 Key = TypeVar("Key")
 
+# Rounds that a case gets however slow it is: fewer have no median worth the name.
+LEAST_ROUNDS = 3
+
 
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-th quantile of values, 0 <= q <= 1, linear between neighbours (numpy's default)."""
@@ -105,6 +108,7 @@ def take_turns(
     device: torch.device,
     warmup: int,
     repeats: int,
+    seconds: float | None = None,
     on_step: Callable[[Key], object] = lambda key: None,
 ) -> dict[Key, Timing | OutOfMemory]:
     """Run every case once per round: `warmup` rounds unrecorded, then `repeats` recorded.
@@ -114,8 +118,10 @@ def take_turns(
         device: decides the clock.
         warmup: rounds thrown away; they pay for caches, code generation and first allocations.
         repeats: rounds kept, at least one.
+        seconds: a case that has been on the clock this long sits out the other rounds, once it has
+            had LEAST_ROUNDS; None: every case runs in all rounds.
         on_step: called with a case's key whenever one of its turns is over, also when the turn
-            is skipped because the case ran out of memory earlier.
+            is skipped because the case ran out of memory or of time earlier.
 
     Returns:
         A Timing per case, or OutOfMemory for a case that did not fit. Other errors are raised.
@@ -124,15 +130,21 @@ def take_turns(
         raise ValueError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}")
     samples: dict[Key, list[float]] = {key: [] for key in cases}
     failed: dict[Key, OutOfMemory] = {}
+
+    def had_enough(key: Key) -> bool:
+        return seconds is not None and (
+            len(samples[key]) >= LEAST_ROUNDS and sum(samples[key]) >= seconds
+        )
+
     for turn in range(warmup + repeats):
         for key, case in cases.items():
-            if key not in failed:
+            if key not in failed and not had_enough(key):
                 try:
                     if case.before is not None:
                         case.before()
-                    seconds = time_once(case.run, device)
+                    sample = time_once(case.run, device)
                     if turn >= warmup:
-                        samples[key].append(seconds)
+                        samples[key].append(sample)
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise

@@ -31,18 +31,8 @@ try:
     import numpy as np
     import PIL.Image
     import torch
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
     from rich.table import Table
-    from rich.text import Text
     from torch import Tensor, nn
     from torch.nn.functional import interpolate
 
@@ -58,6 +48,20 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 import _report
+from _command import (
+    LOOK,
+    add_device_arguments,
+    chosen_backend,
+    columns,
+    device_of,
+    natural,
+    positive,
+    positive_float,
+    progress_on,
+    span,
+    times,
+    wide_console,
+)
 from _memory import ChildError, Peak, peak_in_child
 from _timing import Case, OutOfMemory, Timing, ratio, take_turns
 
@@ -429,23 +433,8 @@ def _figure(entry: dict[str, Any], what: str) -> float | None:
 # --- shown --------------------------------------------------------------------------------------
 
 
-# Everything that saves columns: the tables are to fit into a terminal of 100.
-_LOOK: dict[str, Any] = {
-    "box": SIMPLE_HEAD,
-    "collapse_padding": True,
-    "pad_edge": False,
-    "show_edge": False,
-    "title_justify": "left",
-    "title_style": "bold",
-}
-
-
 def _giga(value: float) -> str:
     return f"{value / 1e9:.0f}" if value >= 99.5e9 else f"{value / 1e9:.1f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def _label(key: str) -> str:
@@ -456,16 +445,10 @@ def _style(key: str) -> str:
     return "bold green" if key == BASE else ""
 
 
-def _columns(table: Table, *headers: str) -> None:
-    for number, header in enumerate(headers):
-        # As Text: in a string rich would take [ms] for a style.
-        table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
-
-
 def counted_table(counted: dict[str, Any]) -> Table:
     """Parameters and FLOPs, ours and published, from a record's "counted" entry."""
-    table = Table(title="Counted: parameters, and FLOPs (multiply-adds) of one image", **_LOOK)
-    _columns(
+    table = Table(title="Counted: parameters, and FLOPs (multiply-adds) of one image", **LOOK)
+    columns(
         table,
         "attention",
         "params\n[M]",
@@ -493,10 +476,10 @@ def counted_table(counted: dict[str, Any]) -> Table:
                 "-" if published is None else f"{published.params_m:.1f}",
                 _giga(cost["paper"]),
                 "-" if published is None else f"{published.flops_g:.0f}",
-                _times(ratio(cost["paper"], base.get("paper"))),
-                _times(flops_ratio),
+                times(ratio(cost["paper"], base.get("paper"))),
+                times(flops_ratio),
                 _giga(cost["full"]),
-                _times(ratio(cost["full"], base.get("full"))),
+                times(ratio(cost["full"], base.get("full"))),
                 style=_style(key),
             )
         table.add_section()
@@ -516,9 +499,9 @@ def measured_table(settings: dict[str, Any], entries: Sequence[dict[str, Any]]) 
     table = Table(
         title=f"Measured: backbone alone, {images} of {height}x{width}, on {where}; "
         f"median (p20-p80) of {settings['repeats']}",
-        **_LOOK,
+        **LOOK,
     )
-    _columns(
+    columns(
         table,
         "attention",
         f"forward\n[{unit}]",
@@ -539,13 +522,13 @@ def measured_table(settings: dict[str, Any], entries: Sequence[dict[str, Any]]) 
             failed = entry["status"] != "ok"
             table.add_row(
                 _label(entry["row"]),
-                entry["status"] if failed else _span(entry["forward"], unit),
-                _times(entry["ratio"]["forward"]),
-                "-" if failed else _span(entry["forward_backward"], unit),
-                _times(entry["ratio"]["forward_backward"]),
+                entry["status"] if failed else span(entry["forward"], unit),
+                times(entry["ratio"]["forward"]),
+                "-" if failed else span(entry["forward_backward"], unit),
+                times(entry["ratio"]["forward_backward"]),
                 _published(entry["row"], "s_per_iter"),
                 "-" if growth is None else f"{growth / _report.GIB:.2f}",
-                _times(entry["ratio"]["memory"]),
+                times(entry["ratio"]["memory"]),
                 _published(entry["row"], "memory_g"),
                 style=_style(entry["row"]),
             )
@@ -553,22 +536,12 @@ def measured_table(settings: dict[str, Any], entries: Sequence[dict[str, Any]]) 
     return table
 
 
-def _span(timing: dict[str, Any], unit: str) -> str:
-    """Median and spread with three digits, more or less."""
-    scale = {"s": 1.0, "ms": 1e3}[unit]
-    median = timing["median_s"] * scale
-    enough = {"s": (10, 0), "ms": (100, 10)}[unit]
-    digits = (0 if unit == "ms" else 1) + sum(median < limit for limit in enough)
-    low, high = timing["p20_s"] * scale, timing["p80_s"] * scale
-    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
 def _published(key: str, what: str) -> str:
     """A published figure and its ratio to deformable attention's."""
     if key not in PUBLISHED:
         return "-"
     value = getattr(PUBLISHED[key], what)
-    return f"{value} {_times(ratio(value, getattr(PUBLISHED[BASE], what)))}"
+    return f"{value} {times(ratio(value, getattr(PUBLISHED[BASE], what)))}"
 
 
 def notes(rows: Sequence[Row], *, measured: bool = True) -> list[str]:
@@ -611,11 +584,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "ViT-Adapter-S: parameters, FLOPs, time and memory, beside the published figures.",
         epilog="Writes a table to the terminal, and the results (JSON) and a chart (PNG) to --out.",
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="where to measure: cpu, cuda, or cuda:N (default: the GPU if torch sees one)",
-    )
+    add_device_arguments(parser)
     parser.add_argument(
         "--paper",
         action="store_true",
@@ -643,26 +612,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size",
         nargs=2,
-        type=_positive,
+        type=positive,
         metavar=("H", "W"),
         help="height and width of the image in pixels, each at least 64 "
         f"(default: {CPU_SIZE[0]} {CPU_SIZE[1]} on a CPU, 800 1280 on a GPU)",
     )
     parser.add_argument(
-        "--batch", type=_positive, help="images at a time (default: 1 on a CPU, 2 on a GPU)"
+        "--batch", type=positive, help="images at a time (default: 1 on a CPU, 2 on a GPU)"
     )
     parser.add_argument(
         "--repeats",
-        type=_positive,
+        type=positive,
         help="how often each case is timed (default: 5 on a CPU, 30 on a GPU)",
     )
     parser.add_argument(
         "--warmup",
-        type=_natural,
+        type=natural,
         help="untimed rounds before that (default: 1 on a CPU, 5 on a GPU)",
-    )
-    parser.add_argument(
-        "--threads", type=_positive, help="CPU threads for torch (default: torch's own choice)"
     )
     parser.add_argument(
         "--precision",
@@ -673,7 +639,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--memory-limit",
-        type=_positive_float,
+        type=positive_float,
         metavar="GIB",
         help="most memory a step may take on a CPU; a case that needs more is reported as out of "
         "memory (default: most of what is free)",
@@ -693,44 +659,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--size: expected at least 64 64, got {args.size[0]} {args.size[1]}: the coarsest "
             "map has 1/32 of it, and batch norm needs more than one pixel"
         )
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        parser.error(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}")
-    if device.type == "cuda":
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= seen:
-            parser.error(f"--device {args.device}: torch {torch.__version__} sees {seen} CUDA GPUs")
-        if args.memory_limit is not None:
-            parser.error("--memory-limit: works on a CPU only")
+    args.device = device_of(parser, args.device)
+    if torch.device(args.device).type == "cuda" and args.memory_limit is not None:
+        parser.error("--memory-limit: works on a CPU only")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is not a folder")
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _natural(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -794,12 +728,6 @@ def measure_all(
     return errors, combine(settings, peaks, times)
 
 
-def _chosen(explanation: str) -> str:
-    """The line of an explanation that names the backend in use."""
-    lines = [line for line in explanation.splitlines() if "chosen by auto" in line]
-    return _report.without_paths(" ".join(lines[0].split())) if lines else "unknown"
-
-
 def _slow_backends(backends: dict[str, Any]) -> list[str]:
     """A warning where no kernel could run: such a run says little about the attention."""
     lines = []
@@ -834,7 +762,7 @@ def record_of(settings: Settings, counted: dict[str, Any]) -> dict[str, Any]:
         "git": _report.git_state(),
         "backends": {
             "available": list(vitadapter_ops.available_backends()),
-            "ran": {key: _chosen(text) for key, text in explained.items()},
+            "ran": {key: chosen_backend(text) for key, text in explained.items()},
             "explained": {key: _report.without_paths(text) for key, text in explained.items()},
         },
         "math": {
@@ -854,8 +782,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     settings = settings_of(args)
     torch.set_num_threads(settings.threads)
-    # Without a terminal rich assumes 80 columns, which would cut the tables.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
 
     counted = count(settings.rows, settings.size)
     if args.counted:
@@ -865,17 +792,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(line, style="dim", highlight=False, markup=False)
         return 0
 
-    columns = (
-        TextColumn("{task.description:<30}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("about"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
     try:
-        with Progress(*columns, console=console) as progress:
+        with progress_on(console) as progress:
             errors, entries = measure_all(settings, progress)
     except RedGateError as error:
         console.print(f"Not timed, because the results are wrong: {error}", style="bold red")
