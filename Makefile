@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# The commands of a fresh machine: `make bench` and `make test`. Each makes .venv if needed, installs
-# the package with what it needs, and runs the job. `make sanitize` runs the CPU kernels under
-# AddressSanitizer and UndefinedBehaviorSanitizer, of which `make test` does a part.
+# The commands of a fresh machine: `make bench`, `make bench-op` and `make test`. Each makes .venv if
+# needed, installs the package with what it needs, and runs the job. `make bench-rivals` adds what
+# bench-op can compare with; `make sanitize` runs the CPU kernels under AddressSanitizer and
+# UndefinedBehaviorSanitizer, of which `make test` does a part.
 #
 #   TORCH   which torch, as pip writes it: TORCH=torch==2.13.0. Default: any supported release, which
 #           is the newest one on a fresh machine.
@@ -16,13 +17,25 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Pinned: another version formats differently.
 LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
 
-.PHONY: bench test sanitize lint format wheel clean FORCE
+.PHONY: bench bench-op bench-rivals test sanitize lint format wheel clean FORCE
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
+
+bench-op: .venv/installed
+	$(BIN)/python benchmarks/op.py $(ARGS)
+
+# Compiled here, against the installed torch: seconds for the first, about 15 minutes for the second.
+# Each is optional.
+bench-rivals: .venv/installed
+	$(PIP) wheel packaging
+	$(PIP) --no-build-isolation --no-deps torch-ms-deform-attn==0.1.1 \
+		|| echo "torch-ms-deform-attn is not installed (above): it will not be compared with"
+	MMCV_WITH_OPS=1 FORCE_CUDA=0 $(PIP) --no-build-isolation onedl-mmcv \
+		|| echo "onedl-mmcv is not installed (above): it will not be compared with"
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import datetime
 import importlib
 import importlib.metadata
@@ -13,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,13 @@ def ram_bytes() -> int | None:
         return None
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def os_name() -> str:
     """System and version; of the kernel's only the first two numbers, the rest is its build."""
     name = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
@@ -90,9 +99,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "ram_gib": None if ram is None else round(ram / GIB, 1),
         "os": os_name(),
@@ -196,3 +203,29 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def check_csv(path: Path, fields: Sequence[str]) -> None:
+    """Raises ValueError where `path` holds rows with other columns than `fields`."""
+    try:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+    except FileNotFoundError:
+        return
+    if header and header != list(fields):
+        differing = sorted(set(header) ^ set(fields)) or ["their order"]
+        raise ValueError(
+            f"{path}: its columns are not those of this version (differing: "
+            f"{', '.join(differing)}); move it away, or write to another file"
+        )
+
+
+def append_csv(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows below one header."""
+    check_csv(path, fields)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -22,6 +22,11 @@ DEFINITION_ULPS = 16.0
 # Measured over 30 shapes: at most 1.7 units for the output, 4.0 for the gradients.
 CPU_FP64_ULPS = 8.0
 
+# Another implementation's output against ours, as a share of the largest value, beyond which a
+# benchmark says that they disagree. Loose: one that computes locations in bf16 is off by a quarter
+# of a pixel on large maps, which is its users' concern; wrong levels or axes are off by far more.
+RIVAL_SHARE = 0.05
+
 
 def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps

@@ -15,7 +15,7 @@ from conftest import require_cuda
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _timing import Case, OutOfMemory, Timing, quantile, ratio, take_turns
+from _timing import LEAST_ROUNDS, Case, OutOfMemory, Timing, quantile, ratio, take_turns
 
 CPU = torch.device("cpu")
 TOO_MUCH = 2**45  # 128 TiB of float32: no machine has it, every allocator refuses it
@@ -64,6 +64,13 @@ def test_cases_take_turns():
 def test_warm_up_rounds_are_not_recorded():
     result = take_turns({"a": Case(lambda: None)}, device=CPU, warmup=3, repeats=2)
     assert len(result["a"].seconds) == 2
+
+
+def test_slow_case_sits_out_once_it_has_had_its_time_and_least_rounds():
+    cases = {"slow": Case(lambda: time.sleep(0.02)), "fast": Case(lambda: None)}
+    result = take_turns(cases, device=CPU, warmup=0, repeats=9, seconds=0.001)
+    assert len(result["slow"].seconds) == LEAST_ROUNDS
+    assert len(result["fast"].seconds) == 9
 
 
 def test_only_run_is_on_the_clock():

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Implementations of deformable attention that are timed beside ours, each one optional."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import _report
+import cases
+import gate
+import oracles
+from _memory import first_line
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # value, locations, weights
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation.
+
+    Attributes:
+        name: as --against, the tables and the results have it.
+        bind: a call for inputs of one shape; what depends on nothing else is done here.
+        package: the distribution it comes in.
+        module: what has to be importable.
+    """
+
+    name: str
+    bind: Callable[[cases.Inputs], Call]
+    package: str
+    module: str
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        try:
+            importlib.import_module(self.module)
+        except (ImportError, OSError) as error:  # OSError: a library of its own does not load
+            return _report.without_paths(first_line(error))
+        return None
+
+    @property
+    def version(self) -> str:
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+
+
+def _ours(inputs: cases.Inputs) -> Call:
+    function = gate.op("auto")
+    return lambda value, *points: function(value, inputs.spatial_shapes, *points)
+
+
+def _grid_sample(inputs: cases.Inputs) -> Call:
+    return lambda value, *points: oracles.grid_sample(value, inputs.spatial_shapes, *points)
+
+
+def _compiled(inputs: cases.Inputs) -> Call:
+    # Compiled for this very shape, with no trace of earlier ones; and so that the graph can be kept
+    # for a second backward pass.
+    torch.compiler.reset()
+    functorch = importlib.import_module("torch._functorch.config")
+    functorch.donated_buffer = False
+    function = torch.compile(oracles.grid_sample, dynamic=False)
+    return lambda value, *points: function(value, inputs.spatial_shapes, *points)
+
+
+def _levels(inputs: cases.Inputs) -> tuple[Tensor, Tensor]:
+    """Shapes and starts of the levels, as the original kernel takes them."""
+    device = inputs.value.device
+    shapes = torch.tensor(inputs.spatial_shapes, dtype=torch.long, device=device)
+    return shapes, torch.tensor(inputs.starts, dtype=torch.long, device=device)
+
+
+def _torch_ms_deform_attn(inputs: cases.Inputs) -> Call:
+    function = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
+    levels = _levels(inputs)
+    return lambda value, *points: function(value, *levels, *points)
+
+
+def _mmcv(inputs: cases.Inputs) -> Call:
+    module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    shapes, starts = _levels(inputs)
+    if inputs.value.device.type == "cpu":  # it has no kernel there: its own grid_sample runs
+        function = module.multi_scale_deformable_attn_pytorch
+        return lambda value, *points: function(value, shapes, *points)
+    apply = module.MultiScaleDeformableAttnFunction.apply
+    step = len(inputs.value)  # images at a time: all
+    return lambda value, *points: apply(value, shapes, starts, *points, step)
+
+
+OURS = Implementation("vitadapter_ops", _ours, "vitadapter", "vitadapter_ops")
+COMPILED = Implementation("grid_sample-compiled", _compiled, "torch", "torch")
+RIVALS = (
+    Implementation("grid_sample", _grid_sample, "torch", "torch"),
+    COMPILED,
+    Implementation(
+        "torch-ms-deform-attn",
+        _torch_ms_deform_attn,
+        "torch-ms-deform-attn",
+        "torch_ms_deform_attn",
+    ),
+    Implementation("onedl-mmcv", _mmcv, "onedl-mmcv", "mmcv.ops.multi_scale_deform_attn"),
+)
+
+
+def forward_step(call: Call, inputs: cases.Inputs) -> Callable[[], Tensor]:
+    """The forward pass without a graph."""
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return call(*inputs.tensors)
+
+    return step
+
+
+def backward_step(call: Call, inputs: cases.Inputs) -> Callable[[], object]:
+    """The backward pass alone, all three gradients, as often as wanted on one kept graph."""
+    leaves = _leaves(inputs)
+    out = call(*leaves)
+    cotangent = _cotangent(out)
+    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+
+
+def training_step(call: Call, inputs: cases.Inputs) -> Callable[[], object]:
+    """Forward with a graph, then backward."""
+    leaves = _leaves(inputs)
+
+    def step() -> object:
+        out = call(*leaves)
+        return torch.autograd.grad(out, leaves, _cotangent(out))
+
+    return step
+
+
+def _leaves(inputs: cases.Inputs) -> list[Tensor]:
+    return [each.detach().clone().requires_grad_() for each in inputs.tensors]
+
+
+def _cotangent(out: Tensor) -> Tensor:
+    generator = torch.Generator(out.device).manual_seed(0)
+    return torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)

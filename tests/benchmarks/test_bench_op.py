@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/op.py: the gate, the arithmetic, what is written, and every way to refuse."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from rich.console import Console
+
+import _bandwidth
+import _rivals
+import _scaling
+import cases
+import gate
+import op
+from _bandwidth import Level, Machine, NotMeasured
+from _memory import Peak
+from _timing import Timing
+from _traffic import PASSES, limit, pixels_gathered, plane_bytes, traffic
+
+TINY = cases.Case("tiny", ((6, 8), (3, 4)), 1, 48, 2, 8, grids=((6, 8),))
+RUN = ["--device", "cpu", "--threads", "1", "--rounds", "2", "--locations", "local"]
+MACHINE = Machine(
+    (
+        Level("L1", 1 << 15, 200.0),
+        Level("L2", 1 << 20, 100.0),
+        Level("L3", 1 << 25, 50.0),
+        Level("memory", None, 20.0),
+    ),
+    64,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One small case, and nothing that takes a process of its own."""
+
+    def unmeasured(threads):
+        raise NotMeasured("not now")
+
+    monkeypatch.setattr(cases, "BENCH", (TINY,))
+    monkeypatch.setattr(_bandwidth, "measure", unmeasured)
+    monkeypatch.setattr(op, "measure_memory", lambda *args: Peak("ok", 3 << 20))
+
+
+def rival(name, function, module="torch"):
+    """A rival that computes `function(value, shapes, locations, weights)`."""
+
+    def bind(inputs):
+        return lambda value, *points: function(value, inputs.spatial_shapes, *points)
+
+    return _rivals.Implementation(name, bind, "torch", module)
+
+
+def result(case="injector-S-512", which="forward", name="grid_sample", seconds=1.0, **changes):
+    """A result as a run would have it, ours taking one second."""
+    implementation = next(each for each in (_rivals.OURS, *_rivals.RIVALS) if each.name == name)
+    inputs = TINY.inputs(dtype=torch.float32)
+    values = {
+        "case": dataclasses.replace(TINY, name=case),
+        "dtype": "fp32",
+        "which": which,
+        "implementation": implementation,
+        "status": "ok",
+        "timing": Timing((seconds,)),
+        "ratio": seconds,
+        "traffic": traffic(inputs, which),
+        "planes": plane_bytes(inputs),
+        "note": "",
+    }
+    return op.Result(**{**values, **changes})
+
+
+# --- the gate -----------------------------------------------------------------------------------
+
+
+def wrong_output(out, value):
+    return out * 1.001
+
+
+def wrong_gradient(out, value):
+    extra = value.sum() * 1e-2
+    return out + (extra - extra.detach())
+
+
+@pytest.mark.parametrize("mistake", [wrong_output, wrong_gradient])
+def test_wrong_operator_is_not_timed(tiny, tmp_path, capsys, monkeypatch, mistake):
+    right = gate.ms_deform_attn
+
+    def wrong(value, *args, backend, **options):
+        out = right(value, *args, backend=backend, **options)
+        return mistake(out, value) if backend == "auto" else out
+
+    monkeypatch.setattr(gate, "ms_deform_attn", wrong)
+    monkeypatch.setattr(op, "take_turns", lambda *args, **options: pytest.fail("timed"))
+    path = tmp_path / "rows.csv"
+    for more in ([], ["--scaling"]):
+        assert op.main([*RUN, "--against", "--csv", str(path), *more]) == 1
+        assert "Not timed, because the results are wrong: tiny" in capsys.readouterr().out
+    assert not path.exists()
+
+
+def test_a_red_dtype_does_not_keep_the_others_from_being_timed(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(op, "red", lambda case, dtype, device: "bad" if dtype == "bf16" else None)
+    assert op.main([*RUN, "--against", "--no-csv", "--dtype", "bf16", "fp32"]) == 1
+    shown = capsys.readouterr().out
+    assert "vitadapter_ops   fp32" in shown
+    assert "vitadapter_ops   bf16" not in shown
+
+
+def test_python_without_assertions_is_refused():
+    command = [sys.executable, "-O", op.__file__, "--no-csv"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "removes the checks" in done.stderr
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def test_local_positions_are_the_pixel_centres_of_the_grids_in_turn():
+    case = dataclasses.replace(TINY, grids=((1, 2), (2, 1)), queries=5)
+    expected = [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75], [0.25, 0.5]]
+    assert case.positions(torch.Generator())[0].tolist() == expected
+
+
+@pytest.mark.parametrize("case", cases.BENCH[:2], ids=str)
+def test_local_points_lie_two_pixels_around_their_query(case):
+    case = dataclasses.replace(case, locations="local")
+    away = (
+        case.inputs().sampling_locations - case.positions(torch.Generator())[:, :, None, None, None]
+    )
+    for level, (height, width) in enumerate(case.shapes):
+        pixels = away[:, :, :, level] * torch.tensor([width, height])
+        assert pixels.mean().abs() < 0.05
+        assert pixels.std() == pytest.approx(cases.LOCAL_SPREAD, rel=0.02)
+
+
+def test_grids_of_every_benchmarked_case_have_one_position_for_each_query():
+    for case in cases.BENCH:
+        if case.grids:
+            assert sum(h * w for h, w in case.grids) == case.queries
+
+
+def test_unknown_locations_are_refused():
+    with pytest.raises(ValueError, match="expected uniform or local, got 'global'"):
+        dataclasses.replace(TINY, locations="global").inputs()
+
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+def four_points(dtype):
+    """On a map of 2 rows and 3 columns: points with 4, 2, 1 and 0 corners on it; M 1, D 8."""
+    pixels = torch.tensor([[0.5, 0.5], [-0.5, 0.5], [2.5, 1.5], [3.5, 0.5]])
+    locations = ((pixels + 0.5) / torch.tensor([3.0, 2.0])).view(1, 1, 1, 1, 4, 2)
+    weights = torch.ones(1, 1, 1, 1, 4)
+    return cases.Inputs(torch.zeros(1, 6, 1, 8), [(2, 3)], locations, weights, None).to(dtype)
+
+
+def test_only_corners_on_the_map_are_gathered():
+    assert pixels_gathered(four_points(torch.float32)) == 7
+
+
+def test_forward_traffic_by_hand():
+    moved = traffic(four_points(torch.float32), "forward")
+    assert moved.gathered == 7 * 32
+    # Value, 4 points of 3 numbers, output.
+    assert moved.least == 6 * 32 + 4 * 3 * 4 + 32
+    assert moved.loads(64) == 7
+    assert moved.loads(16) == 7 * 2
+
+
+def test_backward_traffic_by_hand():
+    moved = traffic(four_points(torch.bfloat16), "backward")
+    # Pixels in bf16 are read; their gradients in fp32 are read and written.
+    assert moved.gathered == 7 * (16 + 2 * 32)
+    # Of value only the 7 pixels gathered; its gradient; points and their gradients; the output's.
+    assert moved.least == min(7, 6) * 16 + 6 * 16 + 2 * 4 * 3 * 2 + 16
+    assert moved.loads(16) == 7 * (1 + 2)
+
+
+def test_result_states_gathered_bytes_per_second():
+    moved = traffic(four_points(torch.float32), "forward")
+    assert result(seconds=2.0).gb_per_s(moved.gathered) == pytest.approx(7 * 32 / 2 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("heads", "channels", "factor"),
+    # Two lines a pixel. 8 heads: every 16th line, an eighth of the places. 6 heads: every 12th,
+    # which takes all multiples of four. One head: no gaps.
+    [(8, 32, 8), (6, 32, 2), (1, 32, 1)],
+)
+def test_plane_with_pixels_apart_takes_more_of_a_cache(heads, channels, factor):
+    value = torch.empty(1, 100, heads, channels)
+    points = torch.empty(1, 1, heads, 1, 1, 2)
+    packed, apart = plane_bytes(cases.Inputs(value, [(10, 10)], points, points[..., 0], None))
+    assert packed == 100 * channels * 4
+    assert apart == factor * packed
+
+
+@pytest.mark.parametrize(
+    ("gb_per_s", "bound", "served"),
+    [(10, "not bandwidth", "L3"), (40, "L3", "L3"), (90, "L2", "L2"), (150, "L1", "L1")],
+)
+def test_limit_names_the_level_that_served_and_what_bounds(gb_per_s, bound, served):
+    moved = dataclasses.replace(result().traffic, pixels=10**9, row=1, sums=0, least=0)
+    found = limit(MACHINE, moved, (1 << 19, 1 << 24), 1 / gb_per_s)
+    assert (found.packed, found.apart) == ("L2", "L3")
+    assert (found.served_by, found.bound) == (served, bound)
+    assert found.of_nearest == pytest.approx(gb_per_s / 200)
+
+
+def test_limit_of_a_case_that_saturates_the_bus_is_memory():
+    moved = dataclasses.replace(result().traffic, pixels=10**9, row=1, sums=0, least=18 * 10**9)
+    assert limit(MACHINE, moved, (1, 1), 1.0).bound == "memory"
+
+
+def test_cache_sizes_leave_out_instructions(tmp_path):
+    for index, (level, kind, size) in enumerate(
+        [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2M")]
+    ):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(f"{text}\n")
+    assert _bandwidth.cache_sizes(tmp_path) == [48 * 1024, 2 * 2**20]
+    assert _bandwidth.cache_sizes(tmp_path / "missing") == []
+
+
+def test_bandwidths_without_a_compiler_are_not_measured(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(_bandwidth, "cache_sizes", lambda: [1 << 15])
+    with pytest.raises(NotMeasured, match="no-such-compiler"):
+        _bandwidth.measure(1)
+
+
+# --- judged -------------------------------------------------------------------------------------
+
+
+def test_losses_are_named_worst_first():
+    results = [
+        result(ratio=0.9),
+        result(ratio=0.5, which="backward"),
+        result(ratio=1.5),
+        result(name="vitadapter_ops", ratio=1.0),
+    ]
+    assert op.losses(results) == [
+        "injector-S-512, uniform, fp32, backward: grid_sample 0.50x",
+        "injector-S-512, uniform, fp32, forward: grid_sample 0.90x",
+    ]
+    assert op.losses(results[2:]) == ["nowhere in this run (1 comparisons)"]
+    assert op.losses(results[3:]) == ["no rival was timed"]
+
+
+def shown(table):
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(table)
+    return stream.getvalue()
+
+
+def line_of(text, *words):
+    (line,) = [each for each in text.splitlines() if all(word in each for word in words)]
+    return line
+
+
+def test_targets_are_met_missed_or_not_measured():
+    results = [
+        result(ratio=50.0),
+        result("extractor-L-512", ratio=41.0),
+        result(which="backward", ratio=14.9),
+        result(which="backward", ratio=1.0, dtype="bf16"),  # targets are of fp32
+        result("decoder-detr", ratio=1.0),  # of which no target speaks
+    ]
+    text = shown(op.targets_table(results))
+    forward = line_of(text, "ViT-Adapter", "forward", "grid_sample")
+    assert "met" in forward
+    assert "41.00x" in forward
+    assert "extractor-L-512" in forward
+    assert "missed" in line_of(text, "ViT-Adapter", "backward", "grid_sample")
+    assert "not measured" in line_of(text, "encoder-detr", "backward", "grid_sample")
+
+
+def test_16_bit_storage_is_held_to_fp32_of_the_same_case_and_pass():
+    results = [
+        result(name="vitadapter_ops", seconds=2.0),
+        result(name="vitadapter_ops", seconds=9.0, which="backward"),
+        result(name="vitadapter_ops", seconds=4.0, dtype="bf16"),
+        result(name="vitadapter_ops", seconds=1.0, dtype="fp16"),
+        result(name="grid_sample", seconds=99.0, dtype="fp16"),
+    ]
+    assert [faster for faster, _ in op.against_fp32(results)] == [0.5, 2.0]
+    assert "missed" in line_of(shown(op.targets_table(results)), "fp32 to 16 bits")
+
+
+def test_tables_fit_into_120_columns():
+    long = {"case": "extractor-L-1024", "which": "backward", "dtype": "bf16_points_fp32"}
+    results = [
+        result(**{**long, "name": name, "seconds": 12.345, "peak": Peak("ok", 1 << 30)})
+        for name in ("vitadapter_ops", "grid_sample-compiled")
+    ]
+    results.append(result(long["case"], "backward", "vitadapter_ops"))
+    for table in (
+        op.case_table(results),
+        op.limits_table(MACHINE, results),
+        op.targets_table(results),
+    ):
+        assert "…" not in shown(table)
+
+
+# --- scaling ------------------------------------------------------------------------------------
+
+
+def test_scaling_varies_one_thing_at_a_time():
+    several = _scaling.variants(TINY, threads=2, cores=6)
+    amounts = {}
+    for each in several:
+        amounts.setdefault(each.axis, []).append(each.amount)
+    assert amounts == {
+        "queries": [48, 96, 192],
+        "images": [1, 2, 4],
+        "threads, one head": [1, 2, 4, 6],
+    }
+    assert several[2].case == dataclasses.replace(TINY, queries=192)
+    assert several[5].case == dataclasses.replace(TINY, batch=4)
+    assert (several[9].case, several[9].threads) == (dataclasses.replace(TINY, heads=1), 6)
+
+
+def test_linear_cost_is_one_on_every_axis():
+    def seconds(variant):
+        if variant.axis.startswith("threads"):
+            return 1.0 / variant.amount
+        return 0.1 * variant.amount
+
+    timings = {
+        (each, "forward"): Timing((seconds(each),)) for each in _scaling.variants(TINY, 1, 2)
+    }
+    for axis in ("queries", "images", "threads, one head"):
+        assert [each for _, each in _scaling.cost(timings, axis, "forward")] == pytest.approx(
+            [1.0] * (2 if axis.startswith("threads") else 3)
+        )
+
+
+def test_scaling_prints_costs_and_restores_the_threads(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(op._report, "usable_cores", lambda: 2)
+    assert op.main([*RUN, "--against", "--scaling"]) == 0
+    printed = capsys.readouterr().out
+    for axis, amounts in (("queries", "192:"), ("images", "4:"), ("threads, one head", "2:")):
+        assert amounts in line_of(printed, axis, "backward")
+    assert torch.get_num_threads() == 1
+
+
+# --- rivals -------------------------------------------------------------------------------------
+
+
+def test_every_rival_that_is_installed_agrees_with_ours():
+    inputs = TINY.inputs(dtype=torch.float32)
+    expected = _rivals.OURS.bind(inputs)(*inputs.tensors)
+    for each in _rivals.RIVALS:
+        if each.missing() is None and each is not _rivals.COMPILED:
+            torch.testing.assert_close(each.bind(inputs)(*inputs.tensors), expected)
+
+
+def test_a_rival_that_fails_or_errs_is_a_remark_and_not_a_crash(tiny, capsys, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no half today\nand more")
+
+    def half(*args):
+        return 0.5 * _rivals.oracles.grid_sample(*args)
+
+    monkeypatch.setattr(op, "RIVALS", (rival("failing", fail), rival("halving", half)))
+    assert op.main([*RUN, "--no-csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "failing, fp32: cannot run: no half today" in printed
+    assert "halving, fp32: output differs from ours by 50%" in printed
+    assert (
+        line_of(printed.split("Where we lose")[0], "failing", "backward").split()[-5:] == ["-"] * 5
+    )
+
+
+def test_rivals_that_are_not_installed_are_left_out(tiny, capsys, monkeypatch):
+    absent = rival("absent", None, module="no_such_module")
+    monkeypatch.setattr(op, "RIVALS", (absent,))
+    assert op.main([*RUN, "--no-csv", "--passes", "forward"]) == 0
+    assert "no rival was timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "encoder"], "'encoder' names none of tiny"),
+        (["--against", "nobody"], "expected some of absent, grid_sample, got 'nobody'"),
+        (["--against", "absent"], "absent is not installed (No module named 'no_such_module')"),
+        (["--against", "absent"], "installed: grid_sample"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--device", "tpu"], "expected cpu, cuda or cuda:N, got 'tpu'"),
+        (["--no-gate"], "unrecognized arguments: --no-gate"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_would_be_right(
+    tiny, capsys, monkeypatch, arguments, message
+):
+    absent = rival("absent", None, module="no_such_module")
+    monkeypatch.setattr(op, "RIVALS", (absent, _rivals.RIVALS[0]))
+    with pytest.raises(SystemExit) as stop:
+        op.main(["--no-csv", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- kept ---------------------------------------------------------------------------------------
+
+
+def test_rows_are_appended_below_one_header(tiny, tmp_path):
+    path = tmp_path / "folder" / "rows.csv"
+    for _ in range(2):
+        assert op.main([*RUN, "--against", "grid_sample", "--csv", str(path)]) == 0
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["implementation"], row["pass"]) for row in rows] == 2 * [
+        (name, which) for which in PASSES for name in ("vitadapter_ops", "grid_sample")
+    ]
+    for row in rows:
+        assert row["torch"] == torch.__version__
+        assert row["cpu"]
+        assert row["locations"] == "local"
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert float(row["peak_mib"]) == 3
+        assert float(row["gathered_gb_per_s"]) > 0
+        assert None not in row.values()
+    ours, theirs = rows[:2]
+    assert float(ours["ratio"]) == 1
+    expected = float(theirs["p50_ms"]) / float(ours["p50_ms"])
+    assert float(theirs["ratio"]) == pytest.approx(expected, rel=1e-4)
+    text = path.read_text()
+    for place in (Path.home(), Path(op.__file__).parents[1], Path(sys.prefix), tmp_path):
+        assert str(place) not in text
+
+
+def test_a_file_with_other_columns_is_refused_before_anything_is_timed(tiny, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("date,speed\n2020,1\n")
+    with pytest.raises(SystemExit):
+        op.main([*RUN, "--csv", str(path)])
+    error = capsys.readouterr().err
+    assert "its columns are not those of this version" in error
+    assert "speed" in error
+    assert path.read_text() == "date,speed\n2020,1\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cache sizes and memory as Linux states them")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a compiler")
+def test_run_with_bandwidths_and_memory(monkeypatch, capsys):
+    monkeypatch.setattr(cases, "BENCH", (TINY,))
+    assert op.main([*RUN, "--against", "--passes", "forward", "--no-csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "Loads with 1 thread, measured: L1 " in printed
+    assert "Distance from the machine's limits" in printed
+    ours = line_of(printed, "vitadapter_ops", "1.00x").split()
+    assert float(ours[-1]) < 10  # MiB: the output has 3 KiB
+    assert "Appended" not in printed
