@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,13 +26,11 @@ class Implementation:
     Attributes:
         name: as --against, the tables and the results have it.
         bind: a call for inputs of one shape; what depends on nothing else is done here.
-        package: the distribution it comes in.
         module: what has to be importable.
     """
 
     name: str
     bind: Callable[[cases.Inputs], Call]
-    package: str
     module: str
 
     def missing(self) -> str | None:
@@ -45,11 +42,9 @@ class Implementation:
         return None
 
     @property
-    def version(self) -> str:
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return "unknown"
+    def version(self) -> str | None:
+        package = self.module.split(".")[0]
+        return _report.versions(package)[package]
 
 
 def _ours(inputs: cases.Inputs) -> Call:
@@ -95,18 +90,13 @@ def _mmcv(inputs: cases.Inputs) -> Call:
     return lambda value, *points: apply(value, shapes, starts, *points, step)
 
 
-OURS = Implementation("vitadapter_ops", _ours, "vitadapter", "vitadapter_ops")
-COMPILED = Implementation("grid_sample-compiled", _compiled, "torch", "torch")
+OURS = Implementation("vitadapter_ops", _ours, "vitadapter_ops")
+COMPILED = Implementation("grid_sample-compiled", _compiled, "torch")
 RIVALS = (
-    Implementation("grid_sample", _grid_sample, "torch", "torch"),
+    Implementation("grid_sample", _grid_sample, "torch"),
     COMPILED,
-    Implementation(
-        "torch-ms-deform-attn",
-        _torch_ms_deform_attn,
-        "torch-ms-deform-attn",
-        "torch_ms_deform_attn",
-    ),
-    Implementation("onedl-mmcv", _mmcv, "onedl-mmcv", "mmcv.ops.multi_scale_deform_attn"),
+    Implementation("torch-ms-deform-attn", _torch_ms_deform_attn, "torch_ms_deform_attn"),
+    Implementation("onedl-mmcv", _mmcv, "mmcv.ops.multi_scale_deform_attn"),
 )
 
 

@@ -591,7 +591,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         metavar="NAME",
         help=f"rivals to time: {', '.join(each.name for each in RIVALS)}; no name for none "
-        f"(default: all that are installed, without {_rivals.COMPILED.name})",
+        f"(default: all that are installed, without {_rivals.COMPILED.name}, which compiles for "
+        "minutes)",
     )
     parser.add_argument(
         "--rounds",

@@ -61,7 +61,7 @@ def rival(name, function, module="torch"):
     def bind(inputs):
         return lambda value, *points: function(value, inputs.spatial_shapes, *points)
 
-    return _rivals.Implementation(name, bind, "torch", module)
+    return _rivals.Implementation(name, bind, module)
 
 
 def result(case="injector-S-512", which="forward", name="grid_sample", seconds=1.0, **changes):
@@ -435,6 +435,7 @@ def test_rows_are_appended_below_one_header(tiny, tmp_path):
     for row in rows:
         assert row["torch"] == torch.__version__
         assert row["cpu"]
+        assert row["version"] not in ("", "unknown")
         assert row["locations"] == "local"
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert float(row["peak_mib"]) == 3
