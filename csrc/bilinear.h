@@ -13,27 +13,53 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
-#if defined(__CUDACC__)
-#define VITADAPTER_HD __host__ __device__ __forceinline__
-#else
-// Always inlined, so that code compiled for one instruction set never ends up in another's callers.
-#define VITADAPTER_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace vitadapter {
+
+// The functions below take one point, or a vector of points (the compiler's vector types): T is a
+// float or a vector of floats, I an integer of the same number of lanes. Written with selections
+// instead of branches, so that one text serves both.
+template <typename To, typename From>
+VITADAPTER_HD To convert(const From& v) {
+#if !defined(__CUDACC__)
+  if constexpr (!std::is_arithmetic<From>::value) {
+    return __builtin_convertvector(v, To);
+  } else
+#endif
+  {
+    return static_cast<To>(v);
+  }
+}
+
+template <typename T>
+struct LaneOf {
+  using type = std::remove_reference_t<decltype(std::declval<T&>()[0])>;
+};
+template <>
+struct LaneOf<float> {
+  using type = float;
+};
+template <>
+struct LaneOf<double> {
+  using type = double;
+};
 
 // A location in pixels of its level. False, with x = y = 0, when the point touches no pixel, which
 // includes every non-finite coordinate: such a point contributes nothing and gets no gradient. The
 // test is made in floating point, before any conversion to an integer could overflow.
 template <typename T>
-VITADAPTER_HD bool to_pixels(T loc_x, T loc_y, int32_t height, int32_t width, T& x, T& y) {
-  const T w = static_cast<T>(width), h = static_cast<T>(height);
-  x = loc_x * w - static_cast<T>(0.5);
-  y = loc_y * h - static_cast<T>(0.5);
-  const bool inside = (x > T(-1)) & (y > T(-1)) & (x < w) & (y < h);
-  x = inside ? x : T(0);
-  y = inside ? y : T(0);
+VITADAPTER_HD auto to_pixels(const T& loc_x, const T& loc_y, const T& height, const T& width, T& x,
+                             T& y) {
+  using lane = typename LaneOf<T>::type;
+  x = loc_x * width - lane(0.5);
+  y = loc_y * height - lane(0.5);
+  const auto inside = (x > lane(-1)) & (y > lane(-1)) & (x < width) & (y < height);
+  x = inside ? x : T{};
+  y = inside ? y : T{};
   return inside;
 }
 
@@ -41,38 +67,38 @@ VITADAPTER_HD bool to_pixels(T loc_x, T loc_y, int32_t height, int32_t width, T&
 // wy[k / 2] * dx[k % 2], by y dy[k / 2] * wx[k % 2]. A row or column outside the map has weight and
 // derivative 0, and its index is that of the neighbour inside: it can always be read, and reads
 // nothing that the point does not touch anyway.
-template <typename T>
+template <typename T, typename I>
 struct Footprint {
-  int32_t column[2], row[2];
+  I column[2], row[2];
   T wx[2], wy[2];
   T dx[2], dy[2];
 };
 
-// One axis of a footprint; x in pixels, -1 < x < size. Comparisons count as 0 or 1 in the
-// arithmetic: written with conditions, the compiler finds branches, and does not vectorise loops
-// over points.
-template <typename T>
-VITADAPTER_HD void place_on_axis(T x, int32_t size, int32_t index[2], T weight[2],
+// One axis of a footprint; x in pixels, -1 < x < size.
+template <typename T, typename I>
+VITADAPTER_HD void place_on_axis(const T& x, const I& size, I index[2], T weight[2],
                                  T derivative[2]) {
+  const I zero{}, one = zero + 1;
+  const T nothing{}, unit = nothing + typename LaneOf<T>::type(1);
   // floor: truncation rounds the one negative pixel, -1, up.
-  const int32_t low = static_cast<int32_t>(x) - static_cast<int32_t>(x < T(0));
-  const int32_t high = low + 1;
-  const T fraction = x - static_cast<T>(low);
+  const I low = convert<I>(x) - (x < nothing ? one : zero);
+  const I high = low + one;
+  const T fraction = x - convert<T>(low);
   // Sizes above 2^24 round in fp32, so that low may reach size: hence both bounds for both.
-  const int32_t low_in = static_cast<int32_t>(low >= 0) & static_cast<int32_t>(low < size);
-  const int32_t high_in = static_cast<int32_t>(high < size);
-  index[0] = low + static_cast<int32_t>(low < 0) - static_cast<int32_t>(low >= size);
-  index[1] = high_in * high + (1 - high_in) * (size - 1);
-  derivative[0] = -static_cast<T>(low_in);
-  derivative[1] = static_cast<T>(high_in);
-  weight[0] = static_cast<T>(low_in) * (T(1) - fraction);
-  weight[1] = static_cast<T>(high_in) * fraction;
+  const auto low_in = (low >= zero) & (low < size);
+  const auto high_in = high < size;
+  index[0] = low < zero ? zero : (low < size ? low : size - one);
+  index[1] = high_in ? high : size - one;
+  derivative[0] = low_in ? -unit : nothing;
+  derivative[1] = high_in ? unit : nothing;
+  weight[0] = low_in ? unit - fraction : nothing;
+  weight[1] = high_in ? fraction : nothing;
 }
 
 // The four corners around (x, y), which are pixels from `to_pixels`.
-template <typename T>
-VITADAPTER_HD Footprint<T> footprint(T x, T y, int32_t height, int32_t width) {
-  Footprint<T> f;
+template <typename T, typename I>
+VITADAPTER_HD Footprint<T, I> footprint(const T& x, const T& y, const I& height, const I& width) {
+  Footprint<T, I> f;
   place_on_axis(x, width, f.column, f.wx, f.dx);
   place_on_axis(y, height, f.row, f.wy, f.dy);
   return f;
@@ -85,15 +111,15 @@ struct PointGradient {
   T loc_x, loc_y;  // with respect to the normalised location
 };
 
-template <typename T>
-VITADAPTER_HD PointGradient<T> point_gradient(const Footprint<T>& f, const T s[4], T attention,
-                                              int32_t height, int32_t width) {
+template <typename T, typename I>
+VITADAPTER_HD PointGradient<T> point_gradient(const Footprint<T, I>& f, const T s[4],
+                                              const T& attention, const T& height, const T& width) {
   const T top = f.wx[0] * s[0] + f.wx[1] * s[1], bottom = f.wx[0] * s[2] + f.wx[1] * s[3];
   const T left = f.wy[0] * s[0] + f.wy[1] * s[2], right = f.wy[0] * s[1] + f.wy[1] * s[3];
   PointGradient<T> g;
   g.weight = f.wy[0] * top + f.wy[1] * bottom;
-  g.loc_x = attention * static_cast<T>(width) * (f.dx[0] * left + f.dx[1] * right);
-  g.loc_y = attention * static_cast<T>(height) * (f.dy[0] * top + f.dy[1] * bottom);
+  g.loc_x = attention * width * (f.dx[0] * left + f.dx[1] * right);
+  g.loc_y = attention * height * (f.dy[0] * top + f.dy[1] * bottom);
   return g;
 }
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "bilinear.h"
+#include "host_device.h"
 
 namespace vitadapter {
 

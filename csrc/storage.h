@@ -11,7 +11,7 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "bilinear.h"
+#include "host_device.h"
 
 namespace vitadapter {
 

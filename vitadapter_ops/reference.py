@@ -107,7 +107,9 @@ def ms_deform_attn(
                 touches |= corner.inside
             # A point off the map contributes zero even where its weight is NaN.
             attention = weights[:, :, :, level].masked_fill(~touches, 0)
-            out += (attention.unsqueeze(-1) * sample).sum(3)
+            # Point after point: the order that the fp64 kernels keep, to the last bit.
+            for point in range(weights.shape[4]):
+                out += attention[..., point, None] * sample[..., point, :]
     return out.to(value.dtype).view(batch, queries, heads * channels)
 
 

@@ -8,7 +8,7 @@
 namespace vitadapter::cpu {
 
 // Queries are handled in tiles, one head at a time: (b, m, tile). The points of a tile are placed
-// together, so that this can be vectorised over points. 512 points and their 13 numbers stay in L1
+// together, so that this can be vectorised over points. 512 points and their 10 numbers stay in L1
 // beside the pixels that they read.
 inline int64_t tile_queries(const Problem& n) {
   const int64_t points = n.levels * n.points;

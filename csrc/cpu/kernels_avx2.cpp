@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 

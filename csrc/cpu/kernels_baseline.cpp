@@ -6,8 +6,12 @@
 #include <initializer_list>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 // Vectors wider than a register are passed only to functions that are always inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 

@@ -2,13 +2,6 @@
 // The little SIMD that the kernels need, on the compiler's own vector types: loads that widen,
 // stores that round, and sums over lanes. Included by kernels.inl, once per instruction set.
 
-// The iterations of the loop that follows are independent, whatever its pointers may seem to be.
-#if defined(__clang__)
-#define VITADAPTER_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define VITADAPTER_INDEPENDENT _Pragma("GCC ivdep")
-#endif
-
 // N consecutive T in registers; + - * and comparisons work lane by lane. N is a power of two.
 template <typename T, int N>
 struct VectorOf {
@@ -120,6 +113,32 @@ VITADAPTER_HD Vec<T, N> broadcast(T value) {
   return Vec<T, N>{} + value;
 }
 
+// a * b + c: in fp32 rounded once where the processor can, in fp64 always twice, so that its
+// results are those of the definition. The compiler is told to fuse nothing by itself.
+template <typename T, int N>
+VITADAPTER_HD Vec<T, N> multiply_add(const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T, N>& c) {
+#if defined(VITADAPTER_AVX512)
+  if constexpr (std::is_same_v<T, float> && N == 16) {
+    return reinterpret_cast<Vec<T, N>>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  }
+#endif
+#if defined(VITADAPTER_AVX2)
+  if constexpr (std::is_same_v<T, float> && N == 8) {
+    return reinterpret_cast<Vec<T, N>>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  }
+#endif
+#if defined(__aarch64__)
+  if constexpr (std::is_same_v<T, float> && N == 4) {
+    return reinterpret_cast<Vec<T, N>>(vfmaq_f32(reinterpret_cast<float32x4_t>(c),
+                                                 reinterpret_cast<float32x4_t>(a),
+                                                 reinterpret_cast<float32x4_t>(b)));
+  }
+#endif
+  return a * b + c;
+}
+
 // The lower half of a plus its upper half.
 template <typename T, int N>
 VITADAPTER_HD Vec<T, N / 2> fold(const Vec<T, N>& a) {
@@ -128,24 +147,50 @@ VITADAPTER_HD Vec<T, N / 2> fold(const Vec<T, N>& a) {
   return half[0] + half[1];
 }
 
-// The lanes 0 and 2, or 1 and 3, of a and then of b.
-template <typename T>
-VITADAPTER_HD Vec<T, 4> even(const Vec<T, 4>& a, const Vec<T, 4>& b) {
+// Vectors of integers, kept as 32 bits in memory.
+template <typename I>
+VITADAPTER_HD I load_int(const int32_t* p) {
+  constexpr int N = sizeof(I) / sizeof(I{}[0]);
+  return __builtin_convertvector((load_bits<int32_t, N>(p)), I);
+}
+template <typename I>
+VITADAPTER_HD void store_int(int32_t* p, const I& v) {
+  constexpr int N = sizeof(I) / sizeof(I{}[0]);
+  const auto narrow = __builtin_convertvector(v, Vec<int32_t, N>);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+// The even, or the odd, lanes of a and then of b.
+template <int first, typename T, int N, int... lane>
+VITADAPTER_HD Vec<T, N> every_second(const Vec<T, N>& a, const Vec<T, N>& b,
+                                     std::integer_sequence<int, lane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  return __builtin_shufflevector(a, b, (2 * lane + first)...);
 #else
-  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, 4>;
-  return __builtin_shuffle(a, b, Index{0, 2, 4, 6});
+  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, N>;
+  return __builtin_shuffle(a, b, Index{(2 * lane + first)...});
 #endif
 }
-template <typename T>
-VITADAPTER_HD Vec<T, 4> odd(const Vec<T, 4>& a, const Vec<T, 4>& b) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, 1, 3, 5, 7);
-#else
-  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, 4>;
-  return __builtin_shuffle(a, b, Index{1, 3, 5, 7});
-#endif
+template <typename T, int N = 4>
+VITADAPTER_HD Vec<T, N> even(const Vec<T, N>& a, const Vec<T, N>& b) {
+  return every_second<0, T, N>(a, b, std::make_integer_sequence<int, N>());
+}
+template <typename T, int N = 4>
+VITADAPTER_HD Vec<T, N> odd(const Vec<T, N>& a, const Vec<T, N>& b) {
+  return every_second<1, T, N>(a, b, std::make_integer_sequence<int, N>());
+}
+
+// N groups of four numbers, as four vectors of N.
+template <typename T, int N>
+VITADAPTER_HD void transposed(const T* from, Vec<T, N> to[4]) {
+  const Vec<T, N> a = load<N>(from), b = load<N>(from + N);
+  const Vec<T, N> c = load<N>(from + 2 * N), d = load<N>(from + 3 * N);
+  const Vec<T, N> ab02 = even<T, N>(a, b), cd02 = even<T, N>(c, d);
+  const Vec<T, N> ab13 = odd<T, N>(a, b), cd13 = odd<T, N>(c, d);
+  to[0] = even<T, N>(ab02, cd02);
+  to[1] = even<T, N>(ab13, cd13);
+  to[2] = odd<T, N>(ab02, cd02);
+  to[3] = odd<T, N>(ab13, cd13);
 }
 
 // {sum of a, sum of b, sum of c, sum of d}, always in the same order.

@@ -2,6 +2,7 @@
 // Backward kernel of multi-scale deformable attention. No torch header.
 #pragma once
 
+#include "../bilinear.h"
 #include "../params.h"
 #include "../storage.h"
 
@@ -49,12 +50,13 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) ms_deform_a
     int64_t i = row * n.levels * n.points;
     for (int l = 0; l < n.levels; ++l) {
       const Level level = n.level[l];
+      const acc height = static_cast<acc>(level.height), width = static_cast<acc>(level.width);
       for (int64_t j = 0; j < n.points; ++j, ++i) {
         PointGradient<acc> g{0, 0, 0};
         acc x, y;
-        if (to_pixels(to_acc(p.locations[2 * i]), to_acc(p.locations[2 * i + 1]), level.height,
-                      level.width, x, y)) {
-          const Footprint<acc> f = footprint(x, y, level.height, level.width);
+        if (to_pixels(to_acc(p.locations[2 * i]), to_acc(p.locations[2 * i + 1]), height, width, x,
+                      y)) {
+          const auto f = footprint(x, y, level.height, level.width);
           const acc attention = to_acc(p.weights[i]);
           acc s[4] = {};
 #pragma unroll
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) ms_deform_a
           if (need_dots) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) s[k] = warp_sum(s[k]);
-            g = point_gradient(f, s, attention, level.height, level.width);
+            g = point_gradient(f, s, attention, height, width);
           }
         }
         if (lane == 0 && p.grad_locations != nullptr) {

@@ -2,6 +2,7 @@
 // Forward kernel of multi-scale deformable attention. No torch header.
 #pragma once
 
+#include "../bilinear.h"
 #include "../params.h"
 #include "../storage.h"
 
@@ -40,13 +41,14 @@ __global__ void __launch_bounds__(kForwardThreads)
     acc sum[VEC] = {};
     for (int l = 0; l < n.levels; ++l) {
       const Level level = n.level[l];
+      const acc height = static_cast<acc>(level.height), width = static_cast<acc>(level.width);
       for (int64_t j = 0; j < n.points; ++j, ++i) {
         acc x, y;
-        if (!to_pixels(to_acc(p.locations[2 * i]), to_acc(p.locations[2 * i + 1]), level.height,
-                       level.width, x, y)) {
+        if (!to_pixels(to_acc(p.locations[2 * i]), to_acc(p.locations[2 * i + 1]), height, width, x,
+                       y)) {
           continue;
         }
-        const Footprint<acc> f = footprint(x, y, level.height, level.width);
+        const auto f = footprint(x, y, level.height, level.width);
         const acc attention = to_acc(p.weights[i]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

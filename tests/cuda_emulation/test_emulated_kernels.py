@@ -1,4 +1,4 @@
-# SPDX - License - Identifier : Apache - 2.0
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels, run on the host by a small emulation, equal the fp64 reference.
 
 The kernels' source is compiled as it is. That the emulation can fail is tested too: changed copies
@@ -130,8 +130,8 @@ def test_non_finite_locations_contribute_nothing(kernels, bad):
 MUTATIONS = {
     "corner off by one": (
         "bilinear.h",
-        "high_in = static_cast<int32_t>(high < size)",
-        "high_in = static_cast<int32_t>(high + 1 < size)",
+        "const auto high_in = high < size",
+        "const auto high_in = high + one < size",
     ),
     "half of the warp in the mask": (
         "cuda/backward.cuh",
