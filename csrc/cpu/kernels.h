@@ -7,32 +7,53 @@
 
 namespace vitadapter::cpu {
 
-// Queries are handled in tiles, one head at a time: (b, m, tile). The points of a tile are placed
-// together, so that this can be vectorised over points. 512 points and their 10 numbers stay in L1
-// beside the pixels that they read.
+// The points of a tile of queries are placed together, one head at a time: 512 points and their 10
+// numbers stay in L1 beside the pixels that they read.
 inline int64_t tile_queries(const Problem& n) {
   const int64_t points = n.levels * n.points;
   const int64_t queries = points >= 512 ? 1 : 512 / (points > 0 ? points : 1);
   return queries < n.queries ? queries : n.queries;
 }
-inline int64_t tiles_per_plane(const Problem& n) {
-  const int64_t tile = tile_queries(n);
-  return (n.queries + tile - 1) / tile;
+
+// How a problem is cut into tasks: groups of `heads` heads of an image, blocks of `queries`.
+struct Cut {
+  int64_t heads, queries;
+
+  int64_t groups(const Problem& n) const { return (n.heads + heads - 1) / heads; }
+  int64_t blocks(const Problem& n) const { return (n.queries + queries - 1) / queries; }
+};
+
+// Forward: one head's plane has the L2 cache for itself.
+inline Cut forward_cut(const Problem& n) { return Cut{1, tile_queries(n)}; }
+
+// Backward reads and writes more rows for each point, so that heads that lie side by side go
+// together: as many as have their planes of value and of its gradient in the cache (2 MB) and leave
+// `threads` threads equal shares, in blocks whose inputs take half a megabyte.
+inline Cut backward_cut(const Problem& n, int64_t threads) {
+  constexpr int64_t numbers = 1 << 17;
+  const int64_t planes = 2 * (n.pixels + 1) * n.channels, all = n.batch * n.heads;
+  int64_t heads = n.heads;
+  while (heads > 1 && (n.heads % heads != 0 || heads * planes > 4 * numbers ||
+                       (all / heads % threads != 0 && all / heads < 4 * threads))) {
+    --heads;
+  }
+  const int64_t queries = numbers / (heads * (n.channels + 3 * n.levels * n.points));
+  return Cut{heads, queries < 1 ? 1 : queries < n.queries ? queries : n.queries};
 }
 
 // Work is handed out in ranges, so that the caller owns the threads. No two tasks write to the same
-// memory, and every sum is taken in an order that the inputs alone decide.
+// memory, and every sum is taken in an order that the inputs alone decide, however they are cut.
 template <typename value_t, typename loc_t>
 struct Kernels {
   using Forward = ForwardParams<value_t, loc_t>;
   using Backward = BackwardParams<value_t, loc_t, value_t>;
-  // Tasks (b, m, tile).
-  void (*forward)(const Forward&, int64_t begin, int64_t end);
-  // Tasks (b, m, tile): gradients of locations and weights only.
-  void (*backward_points)(const Backward&, int64_t begin, int64_t end);
-  // Tasks (b, m, band of pixels out of `bands`): the gradient of value; with one band, all
+  // Tasks (b, group, block).
+  void (*forward)(const Forward&, Cut, int64_t begin, int64_t end);
+  // Tasks (b, group, block): gradients of locations and weights only.
+  void (*backward_points)(const Backward&, Cut, int64_t begin, int64_t end);
+  // Tasks (b, group, band of pixels out of `bands`): the gradient of value; with one band, all
   // gradients.
-  void (*backward_value)(const Backward&, int64_t bands, int64_t begin, int64_t end);
+  void (*backward_value)(const Backward&, Cut, int64_t bands, int64_t begin, int64_t end);
 };
 
 struct KernelTable {

@@ -8,12 +8,12 @@
 //           gradients of location and weight (bilinear.h); value receives w * bilinear weight *
 //           grad_out at each corner.
 //
-// A task takes one head m of one image b, and tiles of its queries. What is slow is memory, so that
-// everything is arranged for the caches:
-//   pack     copies the head's plane of value: its pixels then lie side by side, instead of M * D
-//            apart, where they would share a few cache sets and need a page each;
-// and then, for each tile:
-//   fetch    locations and weights, the rows to come prefetched;
+// What is slow is memory, so that everything is arranged for the caches. A task takes some heads of
+// one image and some of its queries:
+//   pack     copies the heads' planes of value: a head's pixels then lie side by side, instead of
+//            M * D apart, where they would share a few cache sets;
+//   fetch    reads locations and weights (and grad_out), and asks for the rows to come;
+// and for each head and tile of queries, whose points stay in L1,
 //   place    footprints and weights of all points, vectorised over points;
 //   sample   for each query, its points one after the other, vectorised over channels: what is
 //            summed stays in registers, four loads and four multiply-adds per point and vector;
@@ -144,58 +144,15 @@ struct LevelsOfPoints {
   }
 };
 
-// One head's share of a problem: queries [first, first + count) of image b, head m.
+// Queries [first, first + count) and heads [head, head + heads) of image b.
 struct Part {
-  int64_t b, m, first, count;
+  int64_t b, first, count, head, heads;
 
-  // Row (b, q, m) of tensors that begin with [B, Q, M], for query `first` + q.
+  // Row (b, q, m) of tensors that begin with [B, Q, M], for query `first` + q and the first head.
   int64_t row(const Problem& n, int64_t q) const {
-    return (b * n.queries + first + q) * n.heads + m;
+    return (b * n.queries + first + q) * n.heads + head;
   }
 };
-
-// The part that is task (b, m, tile).
-Part part_of(const Problem& n, int64_t task) {
-  const int64_t tiles = cpu::tiles_per_plane(n), queries = cpu::tile_queries(n);
-  const int64_t first = task % tiles * queries, plane = task / tiles;
-  return Part{plane / n.heads, plane % n.heads, first, smaller(queries, n.queries - first)};
-}
-
-// Copies `size` numbers, or pairs, from storage into consecutive accumulators, and back.
-template <typename T, typename acc>
-VITADAPTER_HD void read_row(const T* from, acc* to, int64_t size) {
-  constexpr int N = kLanes<acc>;
-  int64_t i = 0;
-  for (; i + N <= size; i += N) store<N>(to + i, load<N>(from + i));
-  for (; i + 4 <= size; i += 4) store<4>(to + i, load<4>(from + i));
-  for (; i < size; ++i) to[i] = to_acc(from[i]);
-}
-template <typename T, typename acc>
-VITADAPTER_HD void read_pairs(const T* from, acc* x, acc* y, int64_t size) {
-  int64_t i = 0;
-  for (; i + 4 <= size; i += 4) {
-    const Vec<acc, 4> low = load<4>(from + 2 * i), high = load<4>(from + 2 * i + 4);
-    store<4>(x + i, even<acc>(low, high));
-    store<4>(y + i, odd<acc>(low, high));
-  }
-  for (; i < size; ++i) {
-    x[i] = to_acc(from[2 * i]);
-    y[i] = to_acc(from[2 * i + 1]);
-  }
-}
-template <typename T, typename acc>
-VITADAPTER_HD void write_row(const acc* from, T* to, int64_t size) {
-  int64_t i = 0;
-  for (; i + 4 <= size; i += 4) store<4>(to + i, load<4>(from + i));
-  for (; i < size; ++i) from_acc(from[i], to[i]);
-}
-template <typename T, typename acc>
-VITADAPTER_HD void write_pairs(const acc* x, const acc* y, T* to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    from_acc(x[i], to[2 * i]);
-    from_acc(y[i], to[2 * i + 1]);
-  }
-}
 
 template <typename T>
 VITADAPTER_HD void prefetch(const T* row, int64_t size) {
@@ -203,21 +160,120 @@ VITADAPTER_HD void prefetch(const T* row, int64_t size) {
   for (int64_t i = 0; i < size; i += line) __builtin_prefetch(row + i);
 }
 
-// Rows ahead whose cache lines are asked for: as long as a read from memory takes.
-constexpr int64_t kRowsAhead = 8;
+// Rows ahead whose cache lines are asked for: where rows are far apart, the hardware does not.
+constexpr int64_t kRowsAhead = 32;
 
-// The points of a tile, one array per quantity.
+// Calls use(Constant<W>) with the widest vector that rows of `size` numbers fill.
+template <int W, typename Use>
+VITADAPTER_HD void with_width(int64_t size, const Use& use) {
+  if constexpr (W > 1) {
+    if (size < W) return with_width<W / 2>(size, use);
+  }
+  use(Constant<W>{});
+}
+
+// Copies a row between storage and accumulators, W <= size at a time; the last vector may overlap
+// its predecessor.
+template <int W, typename From, typename To>
+VITADAPTER_HD void move_row(const From* from, To* to, int64_t size) {
+  for (int64_t i = 0; i < size; i += W) {
+    const int64_t at = smaller(i, size - W);
+    store<W>(to + at, load<W>(from + at));
+  }
+}
+
+// What a task reads and, backward, writes, head by head.
+template <typename acc>
+struct Block {
+  Buffer<acc> x, y, attention;  // [heads, queries * L * P]: locations and weights, or gradients
+  Buffer<acc> grad_out;         // [heads, queries, D]
+
+  Block(const Problem& n, const cpu::Cut& cut, bool backward) {
+    const int64_t rows = cut.heads * cut.queries;
+    for (auto* v : {&x, &y, &attention}) v->resize(rows * n.levels * n.points + kLanes<acc>);
+    if (backward) grad_out.resize(rows * n.channels);
+  }
+};
+
+// Locations and weights of a part; asks for what lies `ahead` queries further.
+template <typename loc_t, typename acc>
+void fetch(const Problem& n, const Part& part, const loc_t* locations, const loc_t* weights,
+           int64_t ahead, Block<acc>& block) {
+  const int64_t each = n.levels * n.points;
+  with_width<kLanes<acc>>(each, [&](auto width) {
+    constexpr int W = decltype(width)::value;
+    for (int64_t q = 0; q < part.count; ++q) {
+      const loc_t* location = locations + 2 * part.row(n, q) * each;
+      const loc_t* weight = weights + part.row(n, q) * each;
+      prefetch(location + 2 * ahead * n.heads * each, 2 * part.heads * each);
+      prefetch(weight + ahead * n.heads * each, part.heads * each);
+      for (int64_t h = 0; h < part.heads; ++h) {
+        const int64_t to = (h * part.count + q) * each;
+        for (int64_t i = 0; i < each; i += W) {
+          const int64_t at = smaller(i, each - W);
+          const Vec<acc, W> low = load<W>(location + 2 * at), high = load<W>(location + 2 * at + W);
+          store<W>(&block.x[to + at], even<acc, W>(low, high));
+          store<W>(&block.y[to + at], odd<acc, W>(low, high));
+        }
+        move_row<W>(weight, &block.attention[to], each);
+        location += 2 * each;
+        weight += each;
+      }
+    }
+  });
+}
+
+// The gradients of a part's locations and weights, from where these were.
+template <typename loc_t, typename acc>
+void write_gradients(const Problem& n, const Part& part, const Block<acc>& block,
+                     loc_t* grad_locations, loc_t* grad_weights) {
+  const int64_t each = n.levels * n.points;
+  with_width<kLanes<acc>>(each, [&](auto width) {
+    constexpr int W = decltype(width)::value;
+    for (int64_t q = 0; q < part.count; ++q) {
+      for (int64_t h = 0; h < part.heads; ++h) {
+        const int64_t from = (h * part.count + q) * each, to = (part.row(n, q) + h) * each;
+        for (int64_t i = 0; i < each && grad_locations != nullptr; i += W) {
+          const int64_t at = smaller(i, each - W);
+          const Vec<acc, W> x = load<W>(&block.x[from + at]), y = load<W>(&block.y[from + at]);
+          store<W>(grad_locations + 2 * (to + at), interleaved<0, acc, W>(x, y));
+          store<W>(grad_locations + 2 * (to + at) + W, interleaved<1, acc, W>(x, y));
+        }
+        if (grad_weights != nullptr) {
+          move_row<W>(&block.attention[from], grad_weights + to, each);
+        }
+      }
+    }
+  });
+}
+
+template <typename value_t, typename acc>
+void fetch_grad_out(const Problem& n, const Part& part, const value_t* grad_out,
+                    Block<acc>& block) {
+  with_width<kLanes<acc>>(n.channels, [&](auto width) {
+    for (int64_t q = 0; q < part.count; ++q) {
+      const value_t* from = grad_out + part.row(n, q) * n.channels;
+      prefetch(from + kRowsAhead * n.heads * n.channels, part.heads * n.channels);
+      for (int64_t h = 0; h < part.heads; ++h) {
+        move_row<decltype(width)::value>(
+            from + h * n.channels, &block.grad_out[(h * part.count + q) * n.channels], n.channels);
+      }
+    }
+  });
+}
+
+// The points of a tile, placed.
 template <typename acc>
 struct Tile {
-  Buffer<acc> x, y;             // the location: as given, then in pixels
-  Buffer<acc> attention;        // as given, then 0 for points outside
+  Buffer<acc> x, y;             // in pixels
+  Buffer<acc> attention;        // 0 for points outside
   Buffer<int32_t> pixel;        // of corner 0; the number of pixels for points outside
   Buffer<int32_t> right, down;  // from corner 0 to corners 1 and 2, in pixels
   Buffer<acc> weight[4];        // of the corners, times attention (except for fp64, see sample)
   Buffer<acc> dot;              // backward: s_0..s_3 of each point
 
-  Tile(int64_t points, bool backward) {
-    const int64_t size = points + kLanes<acc>;
+  Tile(const Problem& n, bool backward) {
+    const int64_t size = cpu::tile_queries(n) * n.levels * n.points + kLanes<acc>;
     for (auto* v : {&x, &y, &attention, &weight[0], &weight[1], &weight[2], &weight[3]}) {
       v->resize(size);
     }
@@ -226,50 +282,39 @@ struct Tile {
   }
 };
 
-// fp64 keeps the order of the definition (sample, then weigh): its output is that of the reference to
-// the last bit. Everything else saves a multiplication per channel.
+// fp64 keeps the order of the definition (sample, then weigh): its output is that of the reference
+// to the last bit. Everything else saves a multiplication per channel.
 template <typename acc>
 constexpr bool kWeighLast = sizeof(acc) == 8;
 
-template <typename loc_t, typename acc>
-void fetch(const Problem& n, const Part& part, const loc_t* locations, const loc_t* weights,
-           Tile<acc>& tile) {
-  const int64_t each = n.levels * n.points;
-  for (int64_t q = 0; q < part.count; ++q) {
-    const int64_t ahead = part.row(n, q + part.count) * each;
-    prefetch(locations + 2 * ahead, 2 * each);
-    prefetch(weights + ahead, each);
-    const int64_t from = part.row(n, q) * each, to = q * each;
-    read_pairs(locations + 2 * from, &tile.x[to], &tile.y[to], each);
-    read_row(weights + from, &tile.attention[to], each);
-  }
-}
-
-template <typename acc>
-void place(const Problem& n, const Part& part, const LevelsOfPoints<acc>& levels, Tile<acc>& tile) {
+// Places `total` points, from index `first` of the block on.
+template <bool kBackward, typename acc>
+void place(const Problem& n, const Block<acc>& block, int64_t first, int64_t total,
+           const LevelsOfPoints<acc>& levels, Tile<acc>& tile) {
   constexpr int N = kLanes<acc>;
   using T = Vec<acc, N>;
   using I = Vec<lane_int<acc>, N>;
   const T one = T{} + acc(1);
   const I none{}, zeros = none + static_cast<lane_int<acc>>(n.pixels);
-  const int64_t total = part.count * n.levels * n.points;
   for (int64_t j = 0; j < total; j += N) {
     const I height = load_int<I>(&levels.height[j]), width = load_int<I>(&levels.width[j]);
     T x, y;
     const auto inside =
-        to_pixels(load<N>(&tile.x[j]), load<N>(&tile.y[j]), load<N>(&levels.real_height[j]),
-                  load<N>(&levels.real_width[j]), x, y);
+        to_pixels(load<N>(&block.x[first + j]), load<N>(&block.y[first + j]),
+                  load<N>(&levels.real_height[j]), load<N>(&levels.real_width[j]), x, y);
     const Footprint<T, I> f = footprint(x, y, height, width);
     const I pixel = load_int<I>(&levels.start[j]) + f.row[0] * width + f.column[0];
     store_int(&tile.pixel[j], inside ? pixel : zeros);
     store_int(&tile.right[j], inside ? f.column[1] - f.column[0] : none);
     store_int(&tile.down[j], inside & (f.row[1] != f.row[0]) ? width : none);
-    const T attention = inside ? load<N>(&tile.attention[j]) : T{};
+    const T attention = inside ? load<N>(&block.attention[first + j]) : T{};
     const T a = kWeighLast<acc> ? one : attention;
     const T top = inside ? a * f.wy[0] : T{}, bottom = inside ? a * f.wy[1] : T{};
-    store<N>(&tile.x[j], x);
-    store<N>(&tile.y[j], y);
-    store<N>(&tile.attention[j], attention);
+    if constexpr (kBackward) {
+      store<N>(&tile.x[j], x);
+      store<N>(&tile.y[j], y);
+    }
+    if constexpr (kBackward || kWeighLast<acc>) store<N>(&tile.attention[j], attention);
     store<N>(&tile.weight[0][j], top * f.wx[0]);
     store<N>(&tile.weight[1][j], top * f.wx[1]);
     store<N>(&tile.weight[2][j], bottom * f.wx[0]);
@@ -287,43 +332,49 @@ VITADAPTER_HD void corners(T* plane, int64_t stride, const Tile<acc>& tile, int6
   corner[3] = corner[2] + tile.right[j] * stride;
 }
 
-// One head's plane of value as the samplers read it: where it lies, or a copy. A copy ends with a
-// pixel of zeros, to which the points outside belong: no branch is needed.
+// A group of heads' planes of value as the samplers read them: where they lie, or copies. A copy
+// ends with a pixel of zeros, to which the points outside belong: no branch is needed.
 template <typename value_t, typename acc>
-class Plane {
+class Planes {
  public:
-  Plane(const Problem& n, const value_t* value, const ValueStrides& stride)
+  Planes(const Problem& n, const value_t* value, const ValueStrides& stride)
       : n_(n), value_(value), stride_(stride) {}
 
-  // Turns to head m of image b, of which `queries` will be sampled.
-  void turn_to(int64_t b, int64_t m, int64_t queries) {
-    lying_ = value_ + stride_.plane(b, m);
-    // A copy pays when pixels are read more often than once, and lie apart.
+  // Turns to a part's heads, of which `queries` will be sampled.
+  void turn_to(const Part& part, int64_t queries) {
+    lying_ = value_ + stride_.plane(part.b, part.head);
+    // Copies pay when pixels are read more often than once, and lie apart.
     packed_ = queries * n_.levels * n_.points >= n_.pixels &&
               !(std::is_same_v<value_t, acc> && stride_.s == n_.channels);
-    if (packed_) pack();
+    if (!packed_) return;
+    const int64_t plane = (n_.pixels + 1) * n_.channels;
+    copy_.resize(part.heads * plane);
+    with_width<kLanes<acc>>(n_.channels, [&](auto width) {
+      for (int64_t s = 0; s < n_.pixels; ++s) {
+        for (int64_t h = 0; h < part.heads; ++h) {
+          const value_t* from = lying_ + s * stride_.s + h * stride_.m;
+          prefetch(from + kRowsAhead * stride_.s, n_.channels);
+          move_row<decltype(width)::value>(from, &copy_[h * plane + s * n_.channels], n_.channels);
+        }
+      }
+    });
+    for (int64_t h = 0; h < part.heads; ++h) {
+      std::memset(&copy_[(h + 1) * plane - n_.channels], 0,
+                  static_cast<size_t>(n_.channels) * sizeof(acc));
+    }
   }
 
-  // Calls use(Constant<padded>, first pixel, elements from pixel to pixel).
+  // Calls use(Constant<padded>, first pixel, elements from pixel to pixel) for head h of the part.
   template <typename Use>
-  VITADAPTER_HD void with(const Use& use) const {
+  VITADAPTER_HD void with(int64_t h, const Use& use) const {
     if (packed_) {
-      use(Constant<1>{}, copy_.data(), n_.channels);
+      use(Constant<1>{}, &copy_[h * (n_.pixels + 1) * n_.channels], n_.channels);
     } else {
-      use(Constant<0>{}, lying_, stride_.s);
+      use(Constant<0>{}, lying_ + h * stride_.m, stride_.s);
     }
   }
 
  private:
-  void pack() {
-    copy_.resize((n_.pixels + 1) * n_.channels);
-    for (int64_t s = 0; s < n_.pixels; ++s) {
-      prefetch(lying_ + (s + 4 * kRowsAhead) * stride_.s, n_.channels);
-      read_row(lying_ + s * stride_.s, &copy_[s * n_.channels], n_.channels);
-    }
-    std::memset(&copy_[n_.pixels * n_.channels], 0, static_cast<size_t>(n_.channels) * sizeof(acc));
-  }
-
   const Problem& n_;
   const value_t* value_;
   ValueStrides stride_;
@@ -332,13 +383,15 @@ class Plane {
   Buffer<acc> copy_;
 };
 
+// Samples `queries` queries of one head; their rows of output lie `step` apart.
 template <bool kPadded, int N, int NV, typename T, typename value_t, typename acc>
-void sample(const Problem& n, const Part& part, const T* plane, int64_t stride,
-            const Tile<acc>& tile, value_t* out) {
+void sample(const Problem& n, int64_t queries, const T* plane, int64_t stride,
+            const Tile<acc>& tile, value_t* out, int64_t step) {
   const int64_t each = n.levels * n.points;
-  for (int64_t q = 0; q < part.count; ++q) {
-    const value_t* ahead = out + part.row(n, q + kRowsAhead) * n.channels;
-    for (int v = 0; v < NV; ++v) __builtin_prefetch(ahead + v * N, 1);
+  for (int64_t q = 0; q < queries; ++q) {
+    // Written while sampling: in a pass of its own, the rows would wait for memory.
+    value_t* row = out + q * step;
+    for (int v = 0; v < NV; ++v) __builtin_prefetch(row + 8 * step + v * N, 1);
     Vec<acc, N> sum[NV] = {};
     for (int64_t j = q * each; j < (q + 1) * each; ++j) {
       if (!kPadded && tile.pixel[j] == n.pixels) continue;
@@ -363,40 +416,63 @@ void sample(const Problem& n, const Part& part, const T* plane, int64_t stride,
         }
       }
     }
-    value_t* row = out + part.row(n, q) * n.channels;
     for (int v = 0; v < NV; ++v) store<N>(row + v * N, sum[v]);
   }
 }
 
-// Calls handle(part) for the tasks (b, m, tile), with `plane` turned to their heads.
+// The part that is task (b, group of heads, block of queries).
+Part part_of(const Problem& n, const cpu::Cut& cut, int64_t task) {
+  const int64_t blocks = cut.blocks(n), groups = cut.groups(n), group = task / blocks;
+  const int64_t first = task % blocks * cut.queries, head = group % groups * cut.heads;
+  return Part{group / groups, first, smaller(cut.queries, n.queries - first), head,
+              smaller(cut.heads, n.heads - head)};
+}
+
+// Calls handle(part) for tasks (b, group, block), with `planes` turned to their heads.
 template <typename value_t, typename acc, typename Handle>
-VITADAPTER_HD void for_each_part(const Problem& n, int64_t begin, int64_t end,
-                                 Plane<value_t, acc>& plane, const Handle& handle) {
-  const int64_t tiles = cpu::tiles_per_plane(n), queries = cpu::tile_queries(n);
+VITADAPTER_HD void for_each_part(const Problem& n, const cpu::Cut& cut, int64_t begin, int64_t end,
+                                 Planes<value_t, acc>& planes, const Handle& handle) {
+  const int64_t blocks = cut.blocks(n);
   for (int64_t task = begin; task < end; ++task) {
-    const Part part = part_of(n, task);
-    if (task == begin || task % tiles == 0) {
-      plane.turn_to(part.b, part.m, smaller(end - task, tiles) * queries);
+    const Part part = part_of(n, cut, task);
+    if (task == begin || task % blocks == 0) {
+      planes.turn_to(part, smaller(end - task, blocks - task % blocks) * cut.queries);
     }
     handle(part);
   }
 }
 
+// Calls use(h, q, first, queries) for the tiles of a part: head h, queries from q on, whose first
+// row in the block is `first`.
+template <typename Use>
+VITADAPTER_HD void for_each_tile(const Problem& n, const Part& part, const Use& use) {
+  const int64_t queries = cpu::tile_queries(n);
+  for (int64_t h = 0; h < part.heads; ++h) {
+    for (int64_t q = 0; q < part.count; q += queries) {
+      use(h, q, h * part.count + q, smaller(queries, part.count - q));
+    }
+  }
+}
+
 template <typename value_t, typename loc_t>
-void forward(const ForwardParams<value_t, loc_t>& p, int64_t begin, int64_t end) {
+void forward(const ForwardParams<value_t, loc_t>& p, cpu::Cut cut, int64_t begin, int64_t end) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
-  const int64_t queries = cpu::tile_queries(n);
-  const LevelsOfPoints<acc> levels(n, queries);
-  Tile<acc> tile(queries * n.levels * n.points, false);
-  Plane<value_t, acc> plane(n, p.value, p.stride);
-  for_each_part(n, begin, end, plane, [&](const Part& part) {
-    fetch(n, part, p.locations, p.weights, tile);
-    place(n, part, levels, tile);
-    for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
-      plane.with([&](auto padded, const auto* pixels, int64_t stride) {
-        sample<decltype(padded)::value != 0, decltype(lanes)::value, decltype(vectors)::value>(
-            n, part, pixels + span.first, stride, tile, p.out + span.first);
+  const int64_t each = n.levels * n.points;
+  const LevelsOfPoints<acc> levels(n, cpu::tile_queries(n));
+  Block<acc> block(n, cut, false);
+  Tile<acc> tile(n, false);
+  Planes<value_t, acc> planes(n, p.value, p.stride);
+  for_each_part(n, cut, begin, end, planes, [&](const Part& part) {
+    fetch(n, part, p.locations, p.weights, part.count, block);
+    for_each_tile(n, part, [&](int64_t h, int64_t q, int64_t first, int64_t queries) {
+      place<false>(n, block, first * each, queries * each, levels, tile);
+      value_t* out = p.out + (part.row(n, q) + h) * n.channels;
+      for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
+        planes.with(h, [&](auto padded, const auto* plane, int64_t stride) {
+          sample<decltype(padded)::value != 0, decltype(lanes)::value, decltype(vectors)::value>(
+              n, queries, plane + span.first, stride, tile, out + span.first, n.heads * n.channels);
+        });
       });
     });
   });
@@ -412,20 +488,17 @@ template <typename acc>
 struct Band {
   int64_t first, count;
   bool whole;
-  Buffer<acc> sum;  // [count, channels of the span]
+  acc* sum;  // [count, channels of the span]
 };
 
-template <Want want, bool kPadded, int N, int NV, typename T, typename value_t, typename acc>
-void sample_backward(const Problem& n, const Part& part, const Span& span, const value_t* grad_out,
-                     const T* plane, int64_t stride, Tile<acc>& tile, Band<acc>* band) {
+template <Want want, bool kPadded, int N, int NV, typename T, typename acc>
+void sample_backward(const Problem& n, int64_t queries, const Span& span, const acc* grad_out,
+                     const T* plane, int64_t stride, Tile<acc>& tile, const Band<acc>& band) {
   constexpr bool kDots = want != Want::kValue, kValue = want != Want::kDots;
   const int64_t each = n.levels * n.points;
-  for (int64_t q = 0; q < part.count; ++q) {
+  for (int64_t q = 0; q < queries; ++q) {
     Vec<acc, N> g[NV];
-    const value_t* row = grad_out + part.row(n, q) * n.channels + span.first;
-    const value_t* ahead = row + (part.row(n, kRowsAhead) - part.row(n, 0)) * n.channels;
-    for (int v = 0; v < NV; ++v) __builtin_prefetch(ahead + v * N);
-    for (int v = 0; v < NV; ++v) g[v] = load<N>(row + v * N);
+    for (int v = 0; v < NV; ++v) g[v] = load<N>(grad_out + q * n.channels + span.first + v * N);
     for (int lane = 0; lane < span.seen; ++lane) g[0][lane] = 0;
     for (int64_t j = q * each; j < (q + 1) * each; ++j) {
       if (!kPadded && tile.pixel[j] == n.pixels) continue;
@@ -450,9 +523,9 @@ void sample_backward(const Problem& n, const Part& part, const Span& span, const
                                   tile.pixel[j] + tile.down[j],
                                   tile.pixel[j] + tile.down[j] + tile.right[j]};
         for (int k = 0; k < 4; ++k) {
-          const int64_t local = pixel[k] - band->first;
-          if (!band->whole && (local < 0 || local >= band->count)) continue;
-          acc* sum = band->sum.data() + local * (N * NV);
+          const int64_t local = pixel[k] - band.first;
+          if (!band.whole && (local < 0 || local >= band.count)) continue;
+          acc* sum = band.sum + local * (N * NV);
           const auto w = broadcast<acc, N>(a * tile.weight[k][j]);
           for (int v = 0; v < NV; ++v) {
             store<N>(sum + v * N, multiply_add<acc, N>(g[v], w, load<N>(sum + v * N)));
@@ -464,119 +537,138 @@ void sample_backward(const Problem& n, const Part& part, const Span& span, const
 }
 
 // Gradients of a tile's locations and weights from its dot products.
-template <typename value_t, typename loc_t>
-void finish(const BackwardParams<value_t, loc_t, value_t>& p, const Part& part,
-            const LevelsOfPoints<acc_t<value_t>>& levels, Tile<acc_t<value_t>>& tile) {
-  using acc = acc_t<value_t>;
+template <typename acc>
+void finish(const Problem& n, const LevelsOfPoints<acc>& levels, const Tile<acc>& tile,
+            int64_t first, int64_t total, Block<acc>& block) {
   constexpr int N = kLanes<acc>;
   using T = Vec<acc, N>;
   using I = Vec<lane_int<acc>, N>;
-  const Problem& n = p.problem;
-  const int64_t each = n.levels * n.points;
-  for (int64_t j = 0; j < part.count * each; j += N) {
+  const auto finish_at = [&](int64_t j) {
     const auto inside = load_int<I>(&tile.pixel[j]) != static_cast<lane_int<acc>>(n.pixels);
     const I height = load_int<I>(&levels.height[j]), width = load_int<I>(&levels.width[j]);
     const Footprint<T, I> f = footprint(load<N>(&tile.x[j]), load<N>(&tile.y[j]), height, width);
     T s[4];
     transposed<acc, N>(&tile.dot[4 * j], s);
-    const PointGradient<T> g =
+    PointGradient<T> g =
         point_gradient(f, s, load<N>(&tile.attention[j]), load<N>(&levels.real_height[j]),
                        load<N>(&levels.real_width[j]));
-    // The tile is done with: its arrays take the gradients.
-    store<N>(&tile.x[j], inside ? g.loc_x : T{});
-    store<N>(&tile.y[j], inside ? g.loc_y : T{});
-    store<N>(&tile.attention[j], inside ? g.weight : T{});
+    g.loc_x = inside ? g.loc_x : T{};
+    g.loc_y = inside ? g.loc_y : T{};
+    g.weight = inside ? g.weight : T{};
+    return g;
+  };
+  int64_t j = 0;
+  for (; j + N <= total; j += N) {
+    const PointGradient<T> g = finish_at(j);
+    store<N>(&block.x[first + j], g.loc_x);
+    store<N>(&block.y[first + j], g.loc_y);
+    store<N>(&block.attention[first + j], g.weight);
   }
-  for (int64_t q = 0; q < part.count; ++q) {
-    const int64_t to = part.row(n, q) * each, from = q * each;
-    if (p.grad_locations != nullptr) {
-      write_pairs(&tile.x[from], &tile.y[from], p.grad_locations + 2 * to, each);
+  if (j < total) {  // the next tile's points follow
+    const PointGradient<T> g = finish_at(j);
+    for (int lane = 0; j < total; ++lane, ++j) {
+      block.x[first + j] = g.loc_x[lane];
+      block.y[first + j] = g.loc_y[lane];
+      block.attention[first + j] = g.weight[lane];
     }
-    if (p.grad_weights != nullptr) write_row(&tile.attention[from], p.grad_weights + to, each);
   }
 }
 
 template <typename value_t, typename loc_t>
-void backward_points(const BackwardParams<value_t, loc_t, value_t>& p, int64_t begin, int64_t end) {
+void backward_points(const BackwardParams<value_t, loc_t, value_t>& p, cpu::Cut cut, int64_t begin,
+                     int64_t end) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
-  const int64_t queries = cpu::tile_queries(n);
-  const LevelsOfPoints<acc> levels(n, queries);
-  Tile<acc> tile(queries * n.levels * n.points, true);
-  Plane<value_t, acc> plane(n, p.value, p.stride);
-  for_each_part(n, begin, end, plane, [&](const Part& part) {
-    fetch(n, part, p.locations, p.weights, tile);
-    place(n, part, levels, tile);
-    for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
-      plane.with([&](auto padded, const auto* pixels, int64_t stride) {
-        sample_backward<Want::kDots, decltype(padded)::value != 0, decltype(lanes)::value,
-                        decltype(vectors)::value>(n, part, span, p.grad_out, pixels + span.first,
-                                                  stride, tile, static_cast<Band<acc>*>(nullptr));
+  const int64_t each = n.levels * n.points;
+  const LevelsOfPoints<acc> levels(n, cpu::tile_queries(n));
+  Block<acc> block(n, cut, true);
+  Tile<acc> tile(n, true);
+  Planes<value_t, acc> planes(n, p.value, p.stride);
+  for_each_part(n, cut, begin, end, planes, [&](const Part& part) {
+    fetch(n, part, p.locations, p.weights, kRowsAhead, block);
+    fetch_grad_out(n, part, p.grad_out, block);
+    for_each_tile(n, part, [&](int64_t h, int64_t, int64_t first, int64_t queries) {
+      place<true>(n, block, first * each, queries * each, levels, tile);
+      for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
+        planes.with(h, [&](auto padded, const auto* plane, int64_t stride) {
+          sample_backward<Want::kDots, decltype(padded)::value != 0, decltype(lanes)::value,
+                          decltype(vectors)::value>(n, queries, span,
+                                                    &block.grad_out[first * n.channels],
+                                                    plane + span.first, stride, tile, Band<acc>{});
+        });
       });
+      finish(n, levels, tile, first * each, queries * each, block);
     });
-    finish(p, part, levels, tile);
+    write_gradients(n, part, block, p.grad_locations, p.grad_weights);
   });
 }
 
 template <typename value_t, typename loc_t>
-void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, int64_t bands, int64_t begin,
-                    int64_t end) {
+void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, cpu::Cut cut, int64_t bands,
+                    int64_t begin, int64_t end) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
-  const int64_t queries = cpu::tile_queries(n);
-  const LevelsOfPoints<acc> levels(n, queries);
+  const int64_t each = n.levels * n.points;
+  const int64_t blocks = cut.blocks(n);
+  const LevelsOfPoints<acc> levels(n, cpu::tile_queries(n));
   // Dot products span all channels, so that with several spans they take a pass of their own.
   int spans = 0;
   for_each_span<acc>(n.channels, [&](auto, auto, const Span&) { ++spans; });
   const bool dots = bands == 1 && p.wants_points(), together = dots && spans == 1;
-  Tile<acc> tile(queries * n.levels * n.points, together);
-  Plane<value_t, acc> plane(n, p.value, p.stride);
-  Band<acc> band;
+  Block<acc> block(n, cut, true);
+  Tile<acc> tile(n, together);
+  Planes<value_t, acc> planes(n, p.value, p.stride);
+  Buffer<acc> sums;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t index = task % bands, head = task / bands;
-    Part part{head / n.heads, head % n.heads, 0, 0};
-    if (together) plane.turn_to(part.b, part.m, n.queries);
-    band.first = n.pixels * index / bands;
+    const int64_t index = task % bands, group = task / bands;
+    Band<acc> band{n.pixels * index / bands, 0, bands == 1, nullptr};
     band.count = n.pixels * (index + 1) / bands - band.first;
-    band.whole = bands == 1;
     if (band.count == 0) continue;  // more bands than pixels
-    const int64_t offset = ((part.b * n.pixels + band.first) * n.heads + part.m) * n.channels;
-    // Tiles inside spans: a span's sums are one block of memory, and are written out once.
+    const Part all = part_of(n, cut, group * blocks);
+    if (together) planes.turn_to(all, n.queries);
+    // Blocks inside spans: a span's sums are one block of memory, and are written out once.
     for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
       constexpr int N = decltype(lanes)::value, NV = decltype(vectors)::value;
       const int64_t size = (band.count + 1) * N * NV;
-      band.sum.resize(size);
-      std::memset(band.sum.data(), 0, static_cast<size_t>(size) * sizeof(acc));
-      for (part.first = 0; part.first < n.queries; part.first += queries) {
-        part.count = smaller(queries, n.queries - part.first);
-        fetch(n, part, p.locations, p.weights, tile);
-        place(n, part, levels, tile);
+      sums.resize(all.heads * size);
+      std::memset(sums.data(), 0, static_cast<size_t>(all.heads * size) * sizeof(acc));
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Part part = part_of(n, cut, group * blocks + i);
+        fetch(n, part, p.locations, p.weights, kRowsAhead, block);
+        fetch_grad_out(n, part, p.grad_out, block);
+        for_each_tile(n, part, [&](int64_t h, int64_t, int64_t first, int64_t queries) {
+          place<true>(n, block, first * each, queries * each, levels, tile);
+          band.sum = &sums[h * size];
+          const acc* grad_out = &block.grad_out[first * n.channels];
+          if (together) {
+            planes.with(h, [&](auto padded, const auto* plane, int64_t stride) {
+              sample_backward<Want::kBoth, decltype(padded)::value != 0, N, NV>(
+                  n, queries, span, grad_out, plane + span.first, stride, tile, band);
+            });
+            finish(n, levels, tile, first * each, queries * each, block);
+          } else {
+            sample_backward<Want::kValue, true, N, NV>(
+                n, queries, span, grad_out, static_cast<const acc*>(nullptr), 0, tile, band);
+          }
+        });
         if (together) {
-          plane.with([&](auto padded, const auto* pixels, int64_t stride) {
-            sample_backward<Want::kBoth, decltype(padded)::value != 0, N, NV>(
-                n, part, span, p.grad_out, pixels + span.first, stride, tile, &band);
-          });
-          finish(p, part, levels, tile);
-        } else {
-          sample_backward<Want::kValue, true, N, NV>(
-              n, part, span, p.grad_out, static_cast<const value_t*>(nullptr), 0, tile, &band);
+          write_gradients(n, part, block, p.grad_locations, p.grad_weights);
         }
       }
-      value_t* grad = p.grad_value + offset + span.first;
-      for (int64_t s = 0; s < band.count; ++s) {
-        const acc* sum = &band.sum[s * (N * NV)];
-        value_t* row = grad + s * n.heads * n.channels;
-        if (span.seen == 0) {
-          for (int v = 0; v < NV; ++v) store<N>(row + v * N, load<N>(sum + v * N));
-        } else {
-          for (int c = span.seen; c < N * NV; ++c) from_acc(sum[c], row[c]);
+      value_t* grad =
+          p.grad_value + ((all.b * n.pixels + band.first) * n.heads + all.head) * n.channels;
+      const int64_t seen = span.seen, width = N * NV - seen;
+      with_width<N>(width, [&](auto w) {
+        for (int64_t s = 0; s < band.count; ++s) {
+          for (int64_t h = 0; h < all.heads; ++h) {
+            move_row<decltype(w)::value>(&sums[h * size + s * N * NV + seen],
+                                         grad + (s * n.heads + h) * n.channels + span.first + seen,
+                                         width);
+          }
         }
-      }
+      });
     });
-    if (dots && !together) {
-      const int64_t tiles = cpu::tiles_per_plane(n);
-      backward_points(p, head * tiles, (head + 1) * tiles);
-    }
+    if (dots && !together) backward_points(p, cut, group * blocks, (group + 1) * blocks);
   }
 }
 

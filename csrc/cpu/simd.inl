@@ -180,6 +180,22 @@ VITADAPTER_HD Vec<T, N> odd(const Vec<T, N>& a, const Vec<T, N>& b) {
   return every_second<1, T, N>(a, b, std::make_integer_sequence<int, N>());
 }
 
+// The first (0) or second (1) half of a_0, b_0, a_1, b_1, ...
+template <int half, typename T, int N, int... lane>
+VITADAPTER_HD Vec<T, N> alternate(const Vec<T, N>& a, const Vec<T, N>& b,
+                                  std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, ((lane + half * N) / 2 + (lane + half * N) % 2 * N)...);
+#else
+  using Index = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, N>;
+  return __builtin_shuffle(a, b, Index{((lane + half * N) / 2 + (lane + half * N) % 2 * N)...});
+#endif
+}
+template <int half, typename T, int N>
+VITADAPTER_HD Vec<T, N> interleaved(const Vec<T, N>& a, const Vec<T, N>& b) {
+  return alternate<half, T, N>(a, b, std::make_integer_sequence<int, N>());
+}
+
 // N groups of four numbers, as four vectors of N.
 template <typename T, int N>
 VITADAPTER_HD void transposed(const T* from, Vec<T, N> to[4]) {
