@@ -41,6 +41,26 @@ inline Cut backward_cut(const Problem& n, int64_t threads) {
   return Cut{heads, queries < 1 ? 1 : queries < n.queries ? queries : n.queries};
 }
 
+// How several threads share one plane's gradient of value: slices of its channels, each of which
+// needs every point but none of the others' sums, and bands of its pixels, which cost a test for
+// each corner and come second.
+struct Shares {
+  int64_t slices, bands;
+
+  int64_t count() const { return slices * bands; }
+};
+constexpr int64_t kSliceChannels = 16;  // of any instruction set, whole vectors
+
+// Enough shares to give `threads` threads equal work, or many small pieces of it.
+inline Shares shares(const Problem& n, int64_t threads) {
+  const int64_t planes = n.batch * n.heads;
+  const auto enough = [&](int64_t tasks) { return tasks % threads == 0 || tasks >= 4 * threads; };
+  Shares s{1, 1};
+  while (!enough(planes * s.slices) && s.slices < n.channels / kSliceChannels) ++s.slices;
+  while (!enough(planes * s.count())) ++s.bands;
+  return s;
+}
+
 // Work is handed out in ranges, so that the caller owns the threads. No two tasks write to the same
 // memory, and every sum is taken in an order that the inputs alone decide, however they are cut.
 template <typename value_t, typename loc_t>
@@ -51,9 +71,8 @@ struct Kernels {
   void (*forward)(const Forward&, Cut, int64_t begin, int64_t end);
   // Tasks (b, group, block): gradients of locations and weights only.
   void (*backward_points)(const Backward&, Cut, int64_t begin, int64_t end);
-  // Tasks (b, group, band of pixels out of `bands`): the gradient of value; with one band, all
-  // gradients.
-  void (*backward_value)(const Backward&, Cut, int64_t bands, int64_t begin, int64_t end);
+  // Tasks (b, group, share): the gradient of value; with one share, all gradients.
+  void (*backward_value)(const Backward&, Cut, Shares, int64_t begin, int64_t end);
 };
 
 struct KernelTable {

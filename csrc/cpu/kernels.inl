@@ -604,8 +604,8 @@ void backward_points(const BackwardParams<value_t, loc_t, value_t>& p, cpu::Cut 
 }
 
 template <typename value_t, typename loc_t>
-void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, cpu::Cut cut, int64_t bands,
-                    int64_t begin, int64_t end) {
+void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, cpu::Cut cut,
+                    cpu::Shares shares, int64_t begin, int64_t end) {
   using acc = acc_t<value_t>;
   const Problem& n = p.problem;
   const int64_t each = n.levels * n.points;
@@ -614,21 +614,29 @@ void backward_value(const BackwardParams<value_t, loc_t, value_t>& p, cpu::Cut c
   // Dot products span all channels, so that with several spans they take a pass of their own.
   int spans = 0;
   for_each_span<acc>(n.channels, [&](auto, auto, const Span&) { ++spans; });
-  const bool dots = bands == 1 && p.wants_points(), together = dots && spans == 1;
+  const bool dots = shares.count() == 1 && p.wants_points(), together = dots && spans == 1;
   Block<acc> block(n, cut, true);
   Tile<acc> tile(n, together);
   Planes<value_t, acc> planes(n, p.value, p.stride);
   Buffer<acc> sums;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t index = task % bands, group = task / bands;
+    const int64_t group = task / shares.count(), bands = shares.bands;
+    const int64_t index = task % bands, slice = task % shares.count() / bands;
     Band<acc> band{n.pixels * index / bands, 0, bands == 1, nullptr};
     band.count = n.pixels * (index + 1) / bands - band.first;
+    // Slices begin with whole vectors; the last one has the channels that fill none.
+    const int64_t slice_units = n.channels / cpu::kSliceChannels;
+    const int64_t from = slice_units * slice / shares.slices * cpu::kSliceChannels;
+    const int64_t to = slice + 1 == shares.slices
+                           ? n.channels
+                           : slice_units * (slice + 1) / shares.slices * cpu::kSliceChannels;
     if (band.count == 0) continue;  // more bands than pixels
     const Part all = part_of(n, cut, group * blocks);
     if (together) planes.turn_to(all, n.queries);
     // Blocks inside spans: a span's sums are one block of memory, and are written out once.
-    for_each_span<acc>(n.channels, [&](auto lanes, auto vectors, const Span& span) {
+    for_each_span<acc>(to - from, [&](auto lanes, auto vectors, const Span& in_slice) {
       constexpr int N = decltype(lanes)::value, NV = decltype(vectors)::value;
+      const Span span{from + in_slice.first, in_slice.seen};
       const int64_t size = (band.count + 1) * N * NV;
       sums.resize(all.heads * size);
       std::memset(sums.data(), 0, static_cast<size_t>(all.heads * size) * sizeof(acc));

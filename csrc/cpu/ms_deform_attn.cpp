@@ -65,11 +65,11 @@ struct Cpu {
   static void backward(const BackwardParams<value_t, loc_t, value_t>& p) {
     const auto& kernel = kernels().get(static_cast<Kernels<value_t, loc_t>*>(nullptr));
     const Problem& n = p.problem;
-    const int64_t planes = n.batch * n.heads, threads = torch::stable::get_num_threads();
-    // A plane's gradient of value has one owner. Too few planes for the threads, or a remainder
-    // that would leave threads idle: planes are cut into bands, and the points get their own pass.
-    const bool whole = planes % threads == 0 || planes >= 4 * threads;
-    const int64_t bands = whole ? 1 : (4 * threads + planes - 1) / planes;
+    const int64_t threads = torch::stable::get_num_threads();
+    // A plane's gradient of value has one owner, or one for each share; the points then get a pass
+    // of their own.
+    const Shares share = shares(n, threads);
+    const bool whole = share.count() == 1;
     const Cut cut = backward_cut(n, threads);
     const int64_t groups = n.batch * cut.groups(n);
     if (p.wants_points() && !(whole && p.grad_value != nullptr)) {
@@ -78,8 +78,8 @@ struct Cpu {
     }
     if (p.grad_value != nullptr) {
       advise_huge_pages(p.grad_value, n.batch * n.pixels * n.heads * n.channels);
-      run(n, groups * bands,
-          [&](int64_t begin, int64_t end) { kernel.backward_value(p, cut, bands, begin, end); });
+      run(n, groups * share.count(),
+          [&](int64_t begin, int64_t end) { kernel.backward_value(p, cut, share, begin, end); });
     }
   }
 };
