@@ -81,15 +81,21 @@ def traffic(inputs: cases.Inputs, which: str) -> Traffic:
 
 
 def plane_bytes(inputs: cases.Inputs) -> tuple[int, int]:
-    """What one head of one image takes in a cache: packed, and with its pixels M * D apart.
+    """What one head of one image takes in a cache: packed, and as the CPU kernels read it.
+
+    They copy it, packed and in fp32 at least, where points are more than pixels. Elsewhere its
+    pixels lie M * D apart.
 
     A cache places a line by some bits of its address. Where the distance of two pixels is a
     multiple of a power of two, lines share the same few places, and the plane takes as much of the
     cache as if it were that much larger.
     """
     _, pixels, heads, channels = inputs.value.shape
+    _, queries, _, levels, points = inputs.attention_weights.shape
     row = channels * inputs.value.element_size()
     packed = pixels * row
+    if queries * levels * points >= pixels:
+        return packed, pixels * channels * max(inputs.value.element_size(), 4)
     lines = math.ceil(row / LINE)
     apart, rest = divmod(heads * row, LINE)
     places = max(lines, apart & -apart) if rest == 0 else lines
@@ -101,8 +107,8 @@ class Limit:
     """How far from the machine's limits a measurement is.
 
     Attributes:
-        packed, apart: names of the levels that hold one head's plane (see `plane_bytes`).
-        served_by: the level that held what was gathered: `apart`'s, or a nearer one where it
+        packed, read: names of the levels that hold one head's plane (see `plane_bytes`).
+        served_by: the level that held what was gathered: `read`'s, or a nearer one where it
             delivers less than was measured, which is so when neighbouring queries share pixels.
         share: of that level's bandwidth.
         of_nearest: of the nearest cache's bandwidth, which nothing can pass.
@@ -111,7 +117,7 @@ class Limit:
     """
 
     packed: str
-    apart: str
+    read: str
     served_by: str
     share: float
     of_nearest: float
@@ -121,9 +127,9 @@ class Limit:
 
 def limit(machine: Machine, moved: Traffic, planes: tuple[int, int], seconds: float) -> Limit:
     levels = machine.levels
-    packed, apart = (machine.fitting(size) for size in planes)
+    packed, read = (machine.fitting(size) for size in planes)
     gb_per_s = moved.gathered / seconds / 1e9
-    served = apart
+    served = read
     while served > 0 and gb_per_s > levels[served].gb_per_s:
         served -= 1
     share = gb_per_s / levels[served].gb_per_s
@@ -135,5 +141,5 @@ def limit(machine: Machine, moved: Traffic, planes: tuple[int, int], seconds: fl
     else:
         bound = "not bandwidth"
     of_nearest = gb_per_s / levels[0].gb_per_s
-    names = (levels[packed].name, levels[apart].name, levels[served].name)
+    names = (levels[packed].name, levels[read].name, levels[served].name)
     return Limit(*names, share, of_nearest, of_memory, bound)

@@ -391,7 +391,7 @@ def limits_table(machine: _bandwidth.Machine, results: Sequence[Result]) -> Tabl
         "loads\n[G/s]",
         "gathered (1)\n[GB/s]",
         "plane (4)\n[KiB]",
-        "apart (5)\n[KiB]",
+        "read (5)\n[KiB]",
         f"of\n{machine.levels[0].name}",
         "served by (6)\nand share",
         "of\nmemory",
@@ -412,7 +412,7 @@ def limits_table(machine: _bandwidth.Machine, results: Sequence[Result]) -> Tabl
             _number(moved.loads(machine.vector_bytes) / seconds / 1e9, 2),
             _number(moved.gathered / seconds / 1e9),
             f"{each.planes[0] / 1024:.0f} {found.packed}",
-            f"{each.planes[1] / 1024:.0f} {found.apart}",
+            f"{each.planes[1] / 1024:.0f} {found.read}",
             f"{found.of_nearest:.0%}",
             f"{found.served_by} {found.share:.0%}",
             f"{found.of_memory:.0%}",
@@ -457,7 +457,8 @@ NOTES = (
 LIMIT_NOTES = (
     "(4) One head of one image, packed, and the nearest level that holds it. Loads are of the "
     "widest vectors.",
-    "(5) The same, with pixels M * D apart as they are stored: they share fewer places in a cache.",
+    "(5) The same as the CPU kernels read it: a copy, or, where pixels are more than points, with "
+    "pixels M * D apart as they are stored, which share fewer places in a cache.",
     "(6) The level of (5), or a nearer one where more was measured than that level delivers: "
     "neighbouring queries share pixels.",
 )

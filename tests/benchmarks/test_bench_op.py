@@ -211,6 +211,13 @@ def test_plane_with_pixels_apart_takes_more_of_a_cache(heads, channels, factor):
     assert apart == factor * packed
 
 
+def test_plane_that_the_kernels_copy_is_read_in_fp32():
+    value = torch.empty(1, 100, 16, 32, dtype=torch.bfloat16)
+    points = torch.empty(1, 25, 16, 1, 4, 2)
+    inputs = cases.Inputs(value, [(10, 10)], points, points[..., 0], None)
+    assert plane_bytes(inputs) == (100 * 32 * 2, 100 * 32 * 4)
+
+
 @pytest.mark.parametrize(
     ("gb_per_s", "bound", "served"),
     [(10, "not bandwidth", "L3"), (40, "L3", "L3"), (90, "L2", "L2"), (150, "L1", "L1")],
@@ -218,7 +225,7 @@ def test_plane_with_pixels_apart_takes_more_of_a_cache(heads, channels, factor):
 def test_limit_names_the_level_that_served_and_what_bounds(gb_per_s, bound, served):
     moved = dataclasses.replace(result().traffic, pixels=10**9, row=1, sums=0, least=0)
     found = limit(MACHINE, moved, (1 << 19, 1 << 24), 1 / gb_per_s)
-    assert (found.packed, found.apart) == ("L2", "L3")
+    assert (found.packed, found.read) == ("L2", "L3")
     assert (found.served_by, found.bound) == (served, bound)
     assert found.of_nearest == pytest.approx(gb_per_s / 200)
 
