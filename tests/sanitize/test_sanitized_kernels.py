@@ -9,6 +9,7 @@ catch mistakes is tested: tensors that claim more memory than they have, and ker
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,7 +149,8 @@ def test_reading_beyond_the_memory_of_an_argument_is_caught(site, isa):
     assert reports.pop("nothing") == "forward done\nbackward done\n"
     assert tuple(reports) == ARGUMENTS
     for argument, report in reports.items():
-        assert "ERROR: AddressSanitizer: heap-buffer-overflow" in report, argument
+        # A vector that is only partly beyond the memory is an "unknown-crash".
+        assert re.search("AddressSanitizer: (heap-buffer-overflow|unknown-crash)", report), argument
         assert "csrc/cpu/kernels.inl" in report, argument
         assert ("forward done" in report) == (argument == "gradient")
 
@@ -156,15 +158,21 @@ def test_reading_beyond_the_memory_of_an_argument_is_caught(site, isa):
 MUTATIONS = {
     "column beyond the map": (
         "bilinear.h",
-        "index[1] = high_in * high + (1 - high_in) * (size - 1);",
+        "index[1] = high_in ? high : size - one;",
         "index[1] = high;",
         "AddressSanitizer: heap-buffer-overflow",
     ),
-    "point off the map converted to a pixel": (
-        "bilinear.h",
-        "x = inside ? x : T(0);",
-        "x = x;",
-        "runtime error: ",
+    "points off the map behind the pixel of zeros": (
+        "cpu/kernels.inl",
+        "none + static_cast<lane_int<acc>>(n.pixels);",
+        "none + static_cast<lane_int<acc>>(n.pixels + 1);",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "vectors that must be aligned": (
+        "cpu/simd.inl",
+        "std::memcpy(&v, p, sizeof(v));",
+        "v = *static_cast<const Vec<T, N>*>(p);",
+        "runtime error: load of misaligned address",
     ),
 }
 
