@@ -23,6 +23,11 @@ struct Cut {
   int64_t blocks(const Problem& n) const { return (n.queries + queries - 1) / queries; }
 };
 
+// Whether tasks of one size keep all threads busy: equal numbers of them, or many.
+inline bool shared_well(int64_t tasks, int64_t threads) {
+  return tasks % threads == 0 || tasks >= 4 * threads;
+}
+
 // Forward: one head's plane has the L2 cache for itself.
 inline Cut forward_cut(const Problem& n) { return Cut{1, tile_queries(n)}; }
 
@@ -34,7 +39,7 @@ inline Cut backward_cut(const Problem& n, int64_t threads) {
   const int64_t planes = 2 * (n.pixels + 1) * n.channels, all = n.batch * n.heads;
   int64_t heads = n.heads;
   while (heads > 1 && (n.heads % heads != 0 || heads * planes > 4 * numbers ||
-                       (all / heads % threads != 0 && all / heads < 4 * threads))) {
+                       !shared_well(all / heads, threads))) {
     --heads;
   }
   const int64_t queries = numbers / (heads * (n.channels + 3 * n.levels * n.points));
@@ -51,13 +56,13 @@ struct Shares {
 };
 constexpr int64_t kSliceChannels = 16;  // of any instruction set, whole vectors
 
-// Enough shares to give `threads` threads equal work, or many small pieces of it.
+// Enough shares to keep `threads` threads busy.
 inline Shares shares(const Problem& n, int64_t threads) {
   const int64_t planes = n.batch * n.heads;
-  const auto enough = [&](int64_t tasks) { return tasks % threads == 0 || tasks >= 4 * threads; };
   Shares s{1, 1};
-  while (!enough(planes * s.slices) && s.slices < n.channels / kSliceChannels) ++s.slices;
-  while (!enough(planes * s.count())) ++s.bands;
+  const auto enough = [&] { return shared_well(planes * s.count(), threads); };
+  while (!enough() && s.slices < n.channels / kSliceChannels) ++s.slices;
+  while (!enough()) ++s.bands;
   return s;
 }
 

@@ -346,7 +346,21 @@ class Planes {
     // Copies pay when pixels are read more often than once, and lie apart.
     packed_ = queries * n_.levels * n_.points >= n_.pixels &&
               !(std::is_same_v<value_t, acc> && stride_.s == n_.channels);
-    if (!packed_) return;
+    if (packed_) pack(part);
+  }
+
+  // Calls use(Constant<padded>, first pixel, elements from pixel to pixel) for head h of the part.
+  template <typename Use>
+  VITADAPTER_HD void with(int64_t h, const Use& use) const {
+    if (packed_) {
+      use(Constant<1>{}, &copy_[h * (n_.pixels + 1) * n_.channels], n_.channels);
+    } else {
+      use(Constant<0>{}, lying_ + h * stride_.m, stride_.s);
+    }
+  }
+
+ private:
+  void pack(const Part& part) {
     const int64_t plane = (n_.pixels + 1) * n_.channels;
     copy_.resize(part.heads * plane);
     with_width<kLanes<acc>>(n_.channels, [&](auto width) {
@@ -364,17 +378,6 @@ class Planes {
     }
   }
 
-  // Calls use(Constant<padded>, first pixel, elements from pixel to pixel) for head h of the part.
-  template <typename Use>
-  VITADAPTER_HD void with(int64_t h, const Use& use) const {
-    if (packed_) {
-      use(Constant<1>{}, &copy_[h * (n_.pixels + 1) * n_.channels], n_.channels);
-    } else {
-      use(Constant<0>{}, lying_ + h * stride_.m, stride_.s);
-    }
-  }
-
- private:
   const Problem& n_;
   const value_t* value_;
   ValueStrides stride_;
