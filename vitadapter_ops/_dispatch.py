@@ -11,7 +11,6 @@ import torch
 from . import _extension
 from .triton import availability
 
-_NATIVE_OPS = ("ms_deform_attn",)
 _MAX_LEVELS = 64  # csrc/params.h: kMaxLevels
 
 
@@ -50,8 +49,6 @@ def _native(device: str) -> Callable[[Call], str | None]:
     def can_run(call: Call) -> str | None:
         if call.device != device:
             return f"it needs tensors on {device}, these are on {call.device}"
-        if call.op not in _NATIVE_OPS:
-            return f"its kernels do not have {call.op}"
         if call.levels > _MAX_LEVELS:
             return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
         library = _extension.load(device)

@@ -296,13 +296,13 @@ class _Offsets(NamedTuple):
             height, width, start = self.sizes[level]
             box, offset = self.box(level), self.offsets[..., points, :]
             offset_x, offset_y = offset[..., 0], offset[..., 1]
+            x, y = box[..., 0] * width - 0.5, box[..., 1] * height - 0.5
             if box.shape[-1] == 2:
-                x = box[..., 0] * width + offset_x - 0.5
-                y = box[..., 1] * height + offset_y - 0.5
+                x, y = x + offset_x, y + offset_y
             else:
                 scale = self.box_scale(level, points)
-                x = (box[..., 0] + offset_x * scale * box[..., 2]) * width - 0.5
-                y = (box[..., 1] + offset_y * scale * box[..., 3]) * height - 0.5
+                x = x + offset_x * (scale * (box[..., 2] * width))
+                y = y + offset_y * (scale * (box[..., 3] * height))
             yield _LevelPoints(height, width, start, x, y, self.weights[..., points])
 
 
