@@ -271,19 +271,25 @@ def share_of_box(points):
     return 0.5 / max(points, 1)
 
 
+@triton.constexpr_function
+def unrolled(points):
+    """All points at once, unless they are so many that compiling would take long."""
+    return points if points <= 64 else 8
+
+
 @triton.jit
 def load_logits(weights, weight, real, TOTAL: tl.constexpr):
     """The logits of each row and what makes the exponentials of all of them add up to 1, [ROWS].
 
-    Point by point, in the threads that sample the row: sums over a tile would lie in other threads,
-    and every weight would have to be carried over.
+    Point by point and unrolled, in the threads that sample the row: sums over a tile, or carried by
+    a loop, would lie in other threads, and every weight would have to be fetched from there.
     """
     acc: tl.constexpr = compute_type(weights.dtype.element_ty)
     largest = tl.full(weight.shape, -float("inf"), acc)
-    for p in tl.range(0, TOTAL, loop_unroll_factor=4):
+    for p in tl.range(0, TOTAL, loop_unroll_factor=unrolled(TOTAL)):
         largest = tl.maximum(largest, tl.load(weights + (weight + p), mask=real, other=0.0).to(acc))
     exponentials = tl.zeros(weight.shape, acc)
-    for p in tl.range(0, TOTAL, loop_unroll_factor=4):
+    for p in tl.range(0, TOTAL, loop_unroll_factor=unrolled(TOTAL)):
         logit = tl.load(weights + (weight + p), mask=real, other=0.0).to(acc)
         exponentials += tl.exp(logit - largest)
     return largest, 1 / exponentials
@@ -423,7 +429,7 @@ def forward_kernel(
         height = levels[3 * level]
         width = levels[3 * level + 1]
         start = levels[3 * level + 2]
-        if BOXES and scale is None:
+        if BOXES:
             factor = tl.full((), share_of_box(POINTS[level]), acc)
         if reference is not None:
             box = load_reference(reference, r, real, level, REFERENCE[1], BOXES)
@@ -543,7 +549,7 @@ def backward_kernel(
         height = levels[3 * level]
         width = levels[3 * level + 1]
         start = levels[3 * level + 2]
-        if BOXES and scale is None:
+        if BOXES:
             factor = tl.full((), share_of_box(POINTS[level]), acc)
         if reference is not None:
             box = load_reference(reference, r, real, level, REFERENCE[1], BOXES)

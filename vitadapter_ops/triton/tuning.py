@@ -55,19 +55,21 @@ TABLE: dict[tuple[str | None, str | None, int | None], tuple[Knobs, Knobs]] = {
     # red.global.add.v4.f32 exists from sm_90 on. fp64 has no such instruction.
     ("sm_90", "fp64", None): (Knobs(4), Knobs(1, bytes=8)),
     ("sm_90", None, None): (Knobs(4, unroll=2), Knobs(1)),
+    ("sm_80", "fp64", None): (Knobs(4), Knobs(1, bytes=8)),
+    ("sm_80", None, None): (Knobs(4, unroll=2), Knobs(1, bytes=4)),
     # Few programs are what is fast there.
     ("interpreter", None, None): (Knobs(4), Knobs(4)),
     # Reductions of one number a thread: neighbouring threads then fill whole sectors.
     (None, "fp64", None): (Knobs(4), Knobs(1, bytes=8)),
-    (None, None, None): (Knobs(4, unroll=2), Knobs(1, bytes=4)),
+    (None, None, None): (Knobs(4), Knobs(1, bytes=4)),
 }
 
 
 def family(backend: str, arch: object) -> str:
-    """The architecture as TABLE names it: later NVIDIA ones count as sm_90, which they extend."""
+    """The architecture as TABLE names it: an NVIDIA one as the listed one that it extends."""
     if backend == "cuda":
         number = int(str(arch))
-        return "sm_90" if number >= 90 else f"sm_{number}"
+        return "sm_90" if number >= 90 else "sm_80" if number >= 80 else f"sm_{number}"
     return str(arch).split(":")[0]
 
 
