@@ -52,7 +52,6 @@ class Code:
     ptx: str
     sass: str
     registers: int
-    stack: int
     local: int
 
     def count(self, pattern):
@@ -69,14 +68,15 @@ def compiled(arch, tmp_path, *arguments, **keywords):
     command = [str(tools / "cuobjdump"), "-res-usage", "-sass", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
+    usage = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
     assert usage, done.stdout
     return Code(kernel.asm["ptx"], done.stdout, *map(int, usage.groups()))
 
 
 def assert_nothing_spills(code, registers):
+    # A frame of a few bytes that nothing is kept in does occur on sm_100.
+    assert not re.search(r"\b(?:LDL|STL)\b", code.sass)
     assert code.local == 0
-    assert code.stack == 0
     assert code.count(r"\b(?:ld|st)\.local") == 0
     assert code.registers <= registers
 
@@ -84,11 +84,12 @@ def assert_nothing_spills(code, registers):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_forward_reads_corners_by_16_bytes(arch, dtype, tmp_path):
+    unroll = launch.source(configuration(dtype), "cuda", arch, 32).constants["UNROLL"]
     code = compiled(arch, tmp_path, dtype)
-    # 4 levels, 2 points at a time, 4 corners.
-    assert code.count(r"ld\.global\.v4\.b32") == 4 * 2 * 4
+    # 4 levels, 4 corners.
+    assert code.count(r"ld\.global\.v4\.b32") == 4 * unroll * 4
     # Both coordinates of a location by one load of 8 or 4 bytes, and its weight.
-    assert code.count(r"ld\.global(?!\.v4)") == 4 * 2 * 2
+    assert code.count(r"ld\.global(?!\.v4)") == 4 * unroll * 2
     assert code.count(r"st\.global\.v4\.b32") == 1
     assert code.count(r"bar\.sync|shared") == 0
     # 48: 42 warps of 64 that a multiprocessor of sm_90 has room for.
@@ -107,7 +108,7 @@ def test_other_widths_read_no_channel_twice_and_none_too_many(dtype, channels, t
         if constants["VEC"] * TYPES[dtype][0].itemsize == 16
         else (r"ld\.global\.v2\.b32")
     )
-    assert code.count(wide) == 4 * 2 * 4 * constants["CHUNKS"]
+    assert code.count(wide) == 4 * constants["UNROLL"] * 4 * constants["CHUNKS"]
     assert code.count(r"bar\.sync|shared") == 0
     assert_nothing_spills(code, 128)
 
@@ -158,8 +159,9 @@ FUSED = {"reference": (0, 1, 0), "points_dtype": torch.bfloat16}
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_fused_forward(arch, tmp_path):
+    unroll = launch.source(configuration("bf16", **FUSED), "cuda", arch, 32).constants["UNROLL"]
     code = compiled(arch, tmp_path, "bf16", **FUSED)
-    assert code.count(r"ld\.global\.v4\.b32") == 4 * 2 * 4
+    assert code.count(r"ld\.global\.v4\.b32") == 4 * unroll * 4
     # The softmax is computed by the threads that sample: nothing is carried between warps.
     assert code.count(r"bar\.sync|shared") == 0
     assert_nothing_spills(code, 64)
@@ -213,5 +215,5 @@ def test_the_most_specific_row_of_the_table_wins(monkeypatch):
     assert tuning.knobs("sm_90", "bf16", 32) == tuning.TABLE["sm_90", None, None]
     assert tuning.knobs("gfx942", "fp32", 32) == tuning.TABLE[None, None, None]
     assert list(tuning.TABLE)[-2:] == [(None, None, None), ("sm_90", "bf16", 24)]
-    assert tuning.family("cuda", 100) == "sm_90"
+    assert tuning.family("cuda", 103) == "sm_100"
     assert tuning.family("cuda", 86) == "sm_80"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 _LINE = 128
 # Tiles of channels that a thread holds, beyond which more lanes are taken.
 _MAX_CHUNKS = 8
+# Channels of a thread, beyond which one point alone has enough loads in flight.
+_BUSY = 16
 # Queries of a program: more would leave a GPU idle at a decoder's 300 queries.
 MOST_ROWS = 64
 
@@ -54,6 +56,9 @@ class Layout:
 TABLE: dict[tuple[str | None, str | None, int | None], tuple[Knobs, Knobs]] = {
     # red.global.add.v4.f32 exists from sm_90 on. fp64 has no such instruction.
     ("sm_90", "fp64", None): (Knobs(4), Knobs(1, bytes=8)),
+    ("sm_100", "fp64", None): (Knobs(4), Knobs(1, bytes=8)),
+    # Two points at once make the fused forward spill there.
+    ("sm_100", None, None): (Knobs(4), Knobs(1)),
     ("sm_90", None, None): (Knobs(4, unroll=2), Knobs(1)),
     ("sm_80", "fp64", None): (Knobs(4), Knobs(1, bytes=8)),
     ("sm_80", None, None): (Knobs(4, unroll=2), Knobs(1, bytes=4)),
@@ -69,7 +74,8 @@ def family(backend: str, arch: object) -> str:
     """The architecture as TABLE names it: an NVIDIA one as the listed one that it extends."""
     if backend == "cuda":
         number = int(str(arch))
-        return "sm_90" if number >= 90 else "sm_80" if number >= 80 else f"sm_{number}"
+        listed = [each for each in (100, 90, 80) if number >= each]
+        return f"sm_{listed[0] if listed else number}"
     return str(arch).split(":")[0]
 
 
@@ -117,4 +123,6 @@ def layout(knobs: Knobs, warp: int, itemsize: int, channels: int, vec: int, poin
     # A loop that is unrolled away lets the compiler start the loads of all levels at once, and
     # there are not enough registers for that.
     unroll = knobs.unroll if points > knobs.unroll and points % knobs.unroll == 0 else 1
+    if chunks * vec > _BUSY:
+        unroll = 1
     return Layout(rows, lanes * vec, chunks, vec, unroll, warps)
