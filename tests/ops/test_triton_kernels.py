@@ -173,6 +173,7 @@ def test_no_configuration_knows_queries_sizes_or_strides(prepared_anew):
 
 # --- that mistakes are found --------------------------------------------------------------------
 
+# None of them reaches beyond a tensor, which would end the process.
 MUTATIONS = {
     "a column that is taken for outside": (
         "right = touches & (column + 1 < width)",
@@ -180,7 +181,7 @@ MUTATIONS = {
         cases.SMALL[3],
         "fp32",
     ),
-    "a row too far": ("corner += width", "corner += width + 1", cases.SMALL[3], "fp32"),
+    "a row too near": ("corner += width", "corner += 0 * width", cases.SMALL[3], "fp32"),
     "a location's gradient without the weight": (
         "slope_x = a * across",
         "slope_x = across",
