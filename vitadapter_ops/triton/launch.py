@@ -236,7 +236,14 @@ def _levels(
     Raises:
         ValueError: a kernel would read beyond value.
     """
-    pixels, count = value.shape[1], len(level_start_index)
+    return _table(value.shape[1], tuple(spatial_shapes), tuple(level_start_index))
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(
+    pixels: int, spatial_shapes: tuple[int, ...], level_start_index: tuple[int, ...]
+) -> tuple[int, ...]:
+    count = len(level_start_index)
     if len(spatial_shapes) != 2 * count:
         raise ValueError(
             f"spatial_shapes: expected {2 * count} sides (from level_start_index), "
@@ -254,17 +261,15 @@ def _levels(
     return levels
 
 
-def _expect(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *dtypes: Any) -> None:
+def _expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *dtypes: torch.dtype
+) -> None:
     """The last line of defence, for whoever calls a raw operator.
 
     Raises:
         ValueError: shape, device or dtype is none that the kernels know.
     """
-    if (
-        tensor.shape != torch.Size(shape)
-        or tensor.dtype not in dtypes
-        or (tensor.device != like.device)
-    ):
+    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != like.device:
         raise ValueError(
             f"{name}: expected {list(shape)} of {' or '.join(map(str, dtypes))} on {like.device}, "
             f"got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
@@ -321,8 +326,14 @@ def _run(
     outputs: tuple[Tensor | None, ...],
     needs: Needs | None,
     softmax: bool,
-) -> None:
-    """Launches a kernel: `leading` tensors, the inputs, `outputs`, and all else."""
+) -> tuple[Callable[..., None], int, tuple[Any, ...]] | None:
+    """Launches a kernel: `leading` tensors, the inputs, `outputs`, and all else.
+
+    Returns:
+        What launches it, the grid, and what follows the tensors, all of which a call with tensors
+        that lie alike has in common; None where tensors had to be copied.
+    """
+    given = (value, points.points, points.weights)
     batch, pixels, heads, channels = value.shape
     if value.stride(3) != 1:
         value = value.contiguous()
@@ -353,16 +364,8 @@ def _run(
             padding is not None,
             softmax,
         )
-        launch(
-            batch * heads * -(-queries // rows),
-            *leading,
-            value,
-            located,
-            weights,
-            reference,
-            scale,
-            padding,
-            *outputs,
+        grid = batch * heads * -(-queries // rows)
+        scalars = (
             levels,
             queries,
             pixels,
@@ -374,6 +377,35 @@ def _run(
             weights_b,
             weights_q,
         )
+        tensors = (value, located, weights)
+        launch(grid, *leading, *tensors, reference, scale, padding, *outputs, *scalars)
+    copied = any(a is not b for a, b in zip(given, tensors, strict=True))
+    return None if copied else (launch, grid, scalars)
+
+
+# Of the forward: a call whose tensors lie as those of an earlier one goes straight to its launch.
+_known: dict[Any, tuple[Callable[..., None], int, tuple[Any, ...]]] = {}
+_MOST_KNOWN = 4096
+
+
+def _key(tensors: Sequence[Tensor | None], *others: Any) -> tuple[Any, ...]:
+    """All that checks and launch depend on."""
+    return (
+        *others,
+        *(
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+            for t in tensors
+        ),
+    )
+
+
+def _remember(
+    key: tuple[Any, ...], launched: tuple[Callable[..., None], int, tuple[Any, ...]] | None
+) -> None:
+    if launched is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = launched
 
 
 def _gradient(tensor: Tensor, needed: bool, empty: bool) -> Tensor:
@@ -408,6 +440,16 @@ def forward(
     attention_weights: Tensor,
 ) -> Tensor:
     """`reference.ms_deform_attn` by a Triton kernel."""
+    tensors = (value, sampling_locations, attention_weights)
+    key = _key(tensors, tuple(spatial_shapes), tuple(level_start_index))
+    known = _known.get(key)
+    if known is not None:
+        batch, _, heads, channels = value.shape
+        out = value.new_empty((batch, attention_weights.shape[1], heads * channels))
+        launch, grid, scalars = known
+        with _on(value.device):
+            launch(grid, *tensors, None, None, None, out, None, *scalars)
+        return out
     levels = _levels(value, spatial_shapes, level_start_index)
     points = _located(value, levels, sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
@@ -415,7 +457,7 @@ def forward(
     if attention_weights.numel() == 0:
         return value.new_zeros(shape)
     out = value.new_empty(shape)
-    _run(value, levels, points, (), (out, None), None, False)
+    _remember(key, _run(value, levels, points, (), (out, None), None, False))
     return out
 
 
@@ -510,6 +552,22 @@ def forward_from_offsets(
     return_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reference.ms_deform_attn_from_offsets` by a Triton kernel."""
+    tensors = (value, sampling_offsets, attention_logits, reference_points, offset_scale)
+    key = None
+    # What else would have to be copied is not looked up.
+    if padding_mask is None and reference_points.is_contiguous():
+        levels_key = (*spatial_shapes, *level_start_index), tuple(points_per_level)
+        key = _key(tensors, *levels_key, return_weights)
+        known = _known.get(key)
+        if known is not None:
+            batch, _, heads, channels = value.shape
+            out = value.new_empty((batch, attention_logits.shape[1], heads * channels))
+            weights = attention_logits.new_empty(attention_logits.shape if return_weights else (0,))
+            launch, grid, scalars = known
+            softmax = weights if return_weights else None
+            with _on(value.device):
+                launch(grid, *tensors, None, out, softmax, *scalars)
+            return out, weights
     levels = _levels(value, spatial_shapes, level_start_index)
     points = _from_offsets(
         value,
@@ -528,7 +586,9 @@ def forward_from_offsets(
         return value.new_zeros(shape), weights
     out = value.new_empty(shape)
     outputs = (out, weights if return_weights else None)
-    _run(value, levels, points, (), outputs, None, return_weights)
+    launched = _run(value, levels, points, (), outputs, None, return_weights)
+    if key is not None and points.reference is reference_points and points.scale is offset_scale:
+        _remember(key, launched)
     return out, weights
 
 

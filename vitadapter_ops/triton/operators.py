@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels as operators, `<name>_triton`, with the contracts of `_ops.py`.
 
-Registering them imports no triton; the first call does.
+Registering them does not import the kernels; the first call does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from .. import _ops
 def _kernel(function: str) -> Callable[..., Any]:
     """A function of launch.py, which is imported when it is first called."""
 
+    loaded: list[Callable[..., Any]] = []
+
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.launch"), function)(*arguments)
+        if not loaded:
+            loaded.append(getattr(importlib.import_module(f"{__package__}.launch"), function))
+        return loaded[0](*arguments)
 
     return call
 
