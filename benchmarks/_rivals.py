@@ -27,11 +27,13 @@ class Implementation:
         name: as --against, the tables and the results have it.
         bind: a call for inputs of one shape; what depends on nothing else is done here.
         module: what has to be importable.
+        reason: whatever else is missing, or None.
     """
 
     name: str
     bind: Callable[[cases.Inputs], Call]
     module: str
+    reason: Callable[[], str | None] = lambda: None
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -39,7 +41,7 @@ class Implementation:
             importlib.import_module(self.module)
         except (ImportError, OSError) as error:  # OSError: a library of its own does not load
             return _report.without_paths(first_line(error))
-        return None
+        return self.reason()
 
     @property
     def version(self) -> str | None:
@@ -47,9 +49,13 @@ class Implementation:
         return _report.versions(package)[package]
 
 
-def _ours(inputs: cases.Inputs) -> Call:
-    function = gate.op("auto")
+def _ours(inputs: cases.Inputs, backend: str = "auto") -> Call:
+    function = gate.op(backend)
     return lambda value, *points: function(value, inputs.spatial_shapes, *points)
+
+
+def _why_no_triton() -> str | None:
+    return None if torch.cuda.is_available() else "its kernels run on a GPU"
 
 
 def _grid_sample(inputs: cases.Inputs) -> Call:
@@ -92,7 +98,12 @@ def _mmcv(inputs: cases.Inputs) -> Call:
 
 OURS = Implementation("vitadapter_ops", _ours, "vitadapter_ops")
 COMPILED = Implementation("grid_sample-compiled", _compiled, "torch")
+# Our own kernels for machines without nvcc, beside those that `auto` takes.
+TRITON = Implementation(
+    "vitadapter_ops-triton", lambda inputs: _ours(inputs, "triton"), "triton", _why_no_triton
+)
 RIVALS = (
+    TRITON,
     Implementation("grid_sample", _grid_sample, "torch"),
     COMPILED,
     Implementation("torch-ms-deform-attn", _torch_ms_deform_attn, "torch_ms_deform_attn"),

@@ -5,6 +5,7 @@
     python benchmarks/op.py --cases 'injector-*' --locations local --dtype fp32 bf16
     python benchmarks/op.py --against torch-ms-deform-attn      # one rival only
     python benchmarks/op.py --scaling                           # does cost grow linearly?
+    python benchmarks/op.py --host                              # what does a call cost the host?
 
 Shapes are those of tests/cases.py: ViT-Adapter's injectors and extractors, and Deformable DETR's
 encoder and decoder. Sampling points lie anywhere, or around their query as in trained models.
@@ -46,6 +47,7 @@ except ModuleNotFoundError as missing:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import _bandwidth
+import _host
 import _report
 import _rivals
 import _scaling
@@ -613,6 +615,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="instead of rivals: our cost for more queries, images and threads; writes nothing",
     )
     parser.add_argument(
+        "--host",
+        action="store_true",
+        help="instead of rivals: the host's time for a call, by backend; writes nothing",
+    )
+    parser.add_argument(
         "--csv", type=Path, help="file to append to (default: benchmarks/results/op-<device>.csv)"
     )
     parser.add_argument("--no-csv", action="store_true", help="write no file")
@@ -717,6 +724,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = record_of(settings)
     console.print(_report.caption(record), style="dim", highlight=False)
 
+    if args.host:
+        console.print(_host.table(_host.measure(settings.device, settings.rounds)))
+        console.print(_host.NOTE, style="dim", highlight=False)
+        return 0
     if args.scaling:
         return show_scaling(settings, console)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Whether this process runs the Triton kernels in Triton's interpreter, and only them.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ISAS = ("baseline", "avx2", "avx512")
 
 # What runs the CPU kernels, all of it with small tensors.

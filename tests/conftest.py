@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+import children
 import vitadapter_ops
 
 
@@ -40,7 +41,9 @@ def _backends() -> list[tuple[str, str]]:
     """(device, backend): every backend on every device that there is, or must be."""
     pairs = [("cpu", "reference"), ("cpu", "cpu")]
     if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_CUDA") == "1":
-        pairs += [("cuda", "reference"), ("cuda", "cuda")]
+        pairs += [("cuda", "reference"), ("cuda", "cuda"), ("cuda", "triton")]
+    if children.INTERPRETED:
+        pairs = [("cpu", "triton")]
     return pairs
 
 
@@ -50,6 +53,8 @@ def backend(request) -> tuple[str, str]:
     if device == "cuda":
         require_cuda()
     if name not in vitadapter_ops.available_backends():
+        if name == "triton":
+            pytest.fail(vitadapter_ops.explain_backend(device))
         if shutil.which(os.environ.get("CXX", "c++")) is not None:
             pytest.fail(vitadapter_ops.explain_backend(device))
         pytest.skip("needs a C++ compiler")

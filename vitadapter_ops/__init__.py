@@ -10,6 +10,7 @@ from ._dispatch import BackendUnavailable, available_backends, explain_backend
 from ._version import __version__
 from .functional import ms_deform_attn, ms_deform_attn_from_offsets
 from .modules import MSDeformAttn
+from .triton import operators as operators  # registers them
 
 __all__ = [
     "BackendUnavailable",

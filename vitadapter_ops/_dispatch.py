@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _extension
+from .triton import availability
 
 _MAX_LEVELS = 64  # csrc/params.h: kMaxLevels
 
@@ -35,11 +36,13 @@ class Backend:
         name: what users call it.
         suffix: what its operators in torch.ops.vitadapter_ops have behind their names.
         can_run: None, or the reason why it cannot run a call.
+        by_name: None, or the reason why `auto` does not take it although it could run.
     """
 
     name: str
     suffix: str
     can_run: Callable[[Call], str | None]
+    by_name: Callable[[Call], str | None] = lambda call: None
 
 
 def _native(device: str) -> Callable[[Call], str | None]:
@@ -56,6 +59,16 @@ def _native(device: str) -> Callable[[Call], str | None]:
     return can_run
 
 
+def _triton(call: Call) -> str | None:
+    if call.levels > _MAX_LEVELS:
+        return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
+    return availability.why_not(call.device)
+
+
+def _interpreted(call: Call) -> str | None:
+    return "it would be interpreted, slowly" if call.device == "cpu" else None
+
+
 def _always(call: Call) -> str | None:
     return None
 
@@ -63,6 +76,7 @@ def _always(call: Call) -> str | None:
 # In the order in which `auto` tries them.
 BACKENDS = (
     Backend("cuda", "", _native("cuda")),
+    Backend("triton", "_triton", _triton, _interpreted),
     Backend("cpu", "", _native("cpu")),
     Backend("reference", "_reference", _always),
 )
@@ -87,7 +101,11 @@ def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) 
 
 def _find(backend: str, call: Call) -> Backend:
     if backend == "auto":
-        return next(candidate for candidate in BACKENDS if candidate.can_run(call) is None)
+        return next(
+            candidate
+            for candidate in BACKENDS
+            if candidate.can_run(call) is None and candidate.by_name(call) is None
+        )
     for candidate in BACKENDS:
         if candidate.name == backend:
             reason = candidate.can_run(call)
@@ -106,7 +124,8 @@ def available_backends() -> list[str]:
 
     Compiles the native libraries if they are neither prebuilt nor cached.
     """
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu"]
+    devices += [gpu for gpu in ("cuda", "xpu") if getattr(torch, gpu).is_available()]
     return [
         backend.name
         for backend in BACKENDS
@@ -141,7 +160,8 @@ def explain_backend(
         elif backend is chosen:
             state = "chosen by auto" + _detail(backend.name)
         else:
-            state = "can run"
+            why = backend.by_name(call)
+            state = "can run" if why is None else f"can run, but only by name: {why}"
         lines.append(f"  {backend.name:<10} {state}")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,49 +40,69 @@ def _fake_out(value: Tensor, queries: int) -> Tensor:
     return value.new_empty((batch, queries, heads * channels))
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """The gradient of every backward operator: an error."""
     raise NotImplementedError(
         "ms_deform_attn: second-order gradients are not implemented; differentiate once, "
         "or use create_graph=False"
     )
 
 
-def _define(
-    name: str,
-    schema: tuple[str, str],
-    kernels: tuple[Callable[..., Any], Callable[..., Any]],
-    fakes: tuple[Callable[..., Any], Callable[..., Any]],
-    setup_context: Callable[..., None],
-    backward: Callable[[Any, Any, Any], Any],
-) -> None:
-    """Defines an operator, its backward, and both again as `<name>_reference`.
+class Contract(NamedTuple):
+    """What every implementation of an operator has in common.
 
-    Args:
+    Attributes:
         name: of the operator.
         schema: arguments and results of the operator and of its backward.
-        kernels: the reference's two functions.
         fakes: shapes and dtypes of the results of both.
         setup_context: saves what the backward needs.
         backward: (ctx, the backward operator, gradients of the results) -> gradients of the inputs.
     """
-    for op in (name, f"{name}_reference"):
+
+    name: str
+    schema: tuple[str, str]
+    fakes: tuple[Callable[..., Any], Callable[..., Any]]
+    setup_context: Callable[..., None]
+    backward: Callable[[Any, Any, Any], Any]
+
+    def differentiate(self, op: str) -> Callable[..., Any]:
+        """The gradients of the implementation that is called `op`."""
+
+        def gradients(ctx: Any, *grads: Tensor | None) -> Any:
+            chosen = op
+            on_gpu = ctx.saved_tensors[0].device.type != "cpu"
+            if on_gpu and torch.are_deterministic_algorithms_enabled():
+                # Atomics on a GPU add in any order; the reference's index_add_ obeys the flag.
+                chosen = f"{self.name}_reference"
+            return self.backward(
+                ctx, getattr(torch.ops.vitadapter_ops, f"{chosen}_backward"), grads
+            )
+
+        return gradients
+
+
+def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]) -> Contract:
+    """Defines an operator, its backward, and both again as `<name>_reference`.
+
+    Args:
+        contract: of the operator.
+        kernels: the reference's two functions.
+    """
+    for op in (contract.name, f"{contract.name}_reference"):
         for suffix, text, kernel, fake in zip(
-            ("", "_backward"), schema, kernels, fakes, strict=True
+            ("", "_backward"), contract.schema, kernels, contract.fakes, strict=True
         ):
             LIB.define(f"{op}{suffix}{text}")
             impl(LIB, f"{op}{suffix}", "CompositeExplicitAutograd")(kernel)
             register_fake(f"vitadapter_ops::{op}{suffix}", fake, lib=LIB)
-
-        def differentiate(ctx: Any, *grads: Tensor | None, op: str = op) -> Any:
-            if ctx.saved_tensors[0].is_cuda and torch.are_deterministic_algorithms_enabled():
-                # The CUDA kernels' atomics add in any order; the reference's index_add_ obeys the
-                # flag.
-                op = f"{name}_reference"
-            return backward(ctx, getattr(torch.ops.vitadapter_ops, f"{op}_backward"), grads)
-
-        qualified = f"vitadapter_ops::{op}"
-        register_autograd(qualified, differentiate, setup_context=setup_context, lib=LIB)
-        register_autograd(f"{qualified}_backward", _no_double_backward, lib=LIB)
+        register_autograd(
+            f"vitadapter_ops::{op}",
+            contract.differentiate(op),
+            setup_context=contract.setup_context,
+            lib=LIB,
+        )
+        register_autograd(f"vitadapter_ops::{op}_backward", no_double_backward, lib=LIB)
+    return contract
 
 
 def _given(grad: Tensor, needed: bool) -> Tensor | None:
@@ -140,17 +160,19 @@ def _located_gradients(ctx: Any, op: Any, grads: tuple[Tensor]) -> tuple[Tensor 
     return (_given(grad_value, need_value), None, None, *map(_given, grad_points, need_points))
 
 
-_define(
-    "ms_deform_attn",
-    (
-        f"({_LOCATED}) -> Tensor",
-        f"(Tensor grad_output, {_LOCATED}, bool need_value, bool need_locations, "
-        "bool need_weights) -> (Tensor, Tensor, Tensor)",
+MS_DEFORM_ATTN = _define(
+    Contract(
+        "ms_deform_attn",
+        (
+            f"({_LOCATED}) -> Tensor",
+            f"(Tensor grad_output, {_LOCATED}, bool need_value, bool need_locations, "
+            "bool need_weights) -> (Tensor, Tensor, Tensor)",
+        ),
+        (_fake_located, _fake_located_backward),
+        _save_located,
+        _located_gradients,
     ),
     (reference.ms_deform_attn, reference.ms_deform_attn_backward),
-    (_fake_located, _fake_located_backward),
-    _save_located,
-    _located_gradients,
 )
 
 
@@ -227,16 +249,18 @@ def _offsets_gradients(
     )
 
 
-_define(
-    "ms_deform_attn_from_offsets",
-    (
-        f"({_OFFSETS}, bool return_weights) -> (Tensor, Tensor)",
-        f"(Tensor grad_output, Tensor? grad_weights, {_OFFSETS}, bool need_value, "
-        "bool need_reference, bool need_offsets, bool need_logits) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
+MS_DEFORM_ATTN_FROM_OFFSETS = _define(
+    Contract(
+        "ms_deform_attn_from_offsets",
+        (
+            f"({_OFFSETS}, bool return_weights) -> (Tensor, Tensor)",
+            f"(Tensor grad_output, Tensor? grad_weights, {_OFFSETS}, bool need_value, "
+            "bool need_reference, bool need_offsets, bool need_logits) "
+            "-> (Tensor, Tensor, Tensor, Tensor)",
+        ),
+        (_fake_from_offsets, _fake_from_offsets_backward),
+        _save_offsets,
+        _offsets_gradients,
     ),
     (reference.ms_deform_attn_from_offsets, reference.ms_deform_attn_from_offsets_backward),
-    (_fake_from_offsets, _fake_from_offsets_backward),
-    _save_offsets,
-    _offsets_gradients,
 )

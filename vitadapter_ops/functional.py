@@ -45,7 +45,7 @@ def ms_deform_attn(
         attention_weights: [B, Q, M, L, P], dtype of value, or float32. Not normalised here.
         level_start_index: first pixel of each level along S, L integers or a tensor (read back like
             spatial_shapes). None: one level after the other, which must then fill S.
-        backend: "auto" takes the first that can run of "cuda", "cpu", "reference".
+        backend: "auto" takes the first that can run of "cuda", "triton", "cpu", "reference".
 
     Returns:
         [B, Q, M * D], dtype of value.
@@ -127,7 +127,7 @@ def ms_deform_attn_from_offsets(
             gets no gradient. None: 0.5 / P_l with P_l the level's points, as in Deformable DETR and
             RT-DETRv2.
         return_weights: also return the attention weights; gradients flow through them.
-        backend: "auto" takes the first that can run of "cuda", "cpu", "reference".
+        backend: "auto" takes the first that can run of "cuda", "triton", "cpu", "reference".
 
     Returns:
         [B, Q, M * D], dtype of value; with return_weights a pair of it and the weights

@@ -479,3 +479,11 @@ def test_run_with_bandwidths_and_memory(monkeypatch, capsys):
     ours = line_of(printed, "vitadapter_ops", "1.00x").split()
     assert float(ours[-1]) < 10  # MiB: the output has 3 KiB
     assert "Appended" not in printed
+
+
+def test_host_time_of_every_backend_that_runs_here(capsys):
+    assert op.main(["--device", "cpu", "--host", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Host time of a call" in printed
+    assert "reference" in printed
+    assert "ms_deform_attn_from_offsets" in printed

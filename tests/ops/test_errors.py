@@ -126,7 +126,7 @@ BAD = {
     ),
     "unknown backend": (
         {"backend": "cuda11"},
-        r"backend: expected one of auto, cuda, cpu, reference, got 'cuda11'",
+        r"backend: expected one of auto, cuda, triton, cpu, reference, got 'cuda11'",
     ),
 }
 
@@ -156,7 +156,7 @@ def test_backend_that_cannot_run_says_why():
 def test_explain_backend_has_a_line_for_every_backend():
     text = explain_backend()
     assert "chosen by auto" in text
-    for name in ("cuda", "cpu", "reference"):
+    for name in ("cuda", "triton", "cpu", "reference"):
         assert f"\n  {name} " in text
 
 
