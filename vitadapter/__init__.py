@@ -4,6 +4,13 @@
 from vitadapter_ops import __version__
 
 from .adapter import ViTAdapter
+from .baseline import ViTBaseline
 from .models import create_model, list_models
 
-__all__ = ["ViTAdapter", "__version__", "create_model", "list_models"]
+__all__ = [
+    "ViTAdapter",
+    "ViTBaseline",
+    "__version__",
+    "create_model",
+    "list_models",
+]

@@ -54,9 +54,10 @@ _FREE = {
     f"aten.{name}"
     for name in (
         *("_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat", "clone"),
-        *("constant_pad_nd", "copy_", "detach", "empty", "expand", "fill_", "full", "new_empty"),
-        *("new_full", "permute", "select", "slice", "split", "split_with_sizes", "stack", "t"),
-        *("transpose", "unbind", "unsqueeze", "upsample_nearest2d", "view"),
+        *("constant_pad_nd", "copy_", "detach", "empty", "expand", "fill_", "flip", "full"),
+        *("new_empty", "new_full", "permute", "select", "slice", "split", "split_with_sizes"),
+        *("stack", "t", "transpose", "unbind", "unfold", "unsqueeze", "upsample_nearest2d"),
+        *("view", "zeros_like"),
     )
 }
 
@@ -176,10 +177,14 @@ class _AttentionMode(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        bias = kwargs.pop("attn_mask", None)
         if kwargs or len(args) != 3:
-            raise NotImplementedError("no cost is known for masked, causal or grouped attention")
+            raise NotImplementedError("no cost is known for causal, grouped or dropped attention")
         query, key, value = args
         pairs = query.shape[:-1].numel() * int(key.shape[-2])
         per_pair = int(query.shape[-1]) + SOFTMAX + int(value.shape[-1])
+        if bias is not None:
+            per_pair += 1
         self._count.total += query.numel() + pairs * per_pair
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
