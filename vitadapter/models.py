@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .adapter import (
@@ -13,6 +14,7 @@ from .adapter import (
     make_config,
 )
 from .baseline import BEiTBaseline, PlainViTBaseline, ViTBaseline
+from .checkpoints import load_checkpoint
 from .config import ModelConfig
 
 # Paper, appendix A.1 and table 10. Large is pre-trained at 384 pixels (AugReg), the others at 224.
@@ -84,6 +86,7 @@ def create_model(
     components: str = "full",
     img_size: int | None = None,
     pretrain_size: int | None = None,
+    checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> ViTAdapter | ViTBaseline:
     """Builds a published model (Chen et al., ICLR 2023, sec. 3 and tables 6, 7 and 10).
@@ -100,14 +103,15 @@ def create_model(
         img_size: side of the images in pixels, for BEiT segmentation, which serves one size (None:
             512). Other models take images of any size.
         pretrain_size: side of the pre-training image in pixels; None: 224, for large 384.
+        checkpoint: a file for `load_checkpoint`; None: fresh weights.
         **overrides: any other field of `ModelConfig`.
 
     Returns:
         The model in training mode, float32.
 
     Raises:
-        ValueError: an unknown name, task, attention or override, with the valid ones listed; or
-            values that contradict each other.
+        ValueError: an unknown name, task, attention or override, with the valid ones listed; values
+            that contradict each other; or a checkpoint of another architecture.
     """
     if name not in _MODELS:
         raise ValueError(f"name: expected one of {', '.join(_MODELS)}, got {name!r}")
@@ -124,7 +128,10 @@ def create_model(
         img_size=img_size,
         **values,
     )
-    return _build(config)
+    model = _build(config)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model
 
 
 def _build(config: ModelConfig) -> ViTAdapter | ViTBaseline:
