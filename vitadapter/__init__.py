@@ -6,7 +6,7 @@ from vitadapter_ops import __version__
 from .adapter import ViTAdapter
 from .baseline import ViTBaseline
 from .checkpoints import LoadReport, load_checkpoint
-from .models import create_model, list_models
+from .models import create_model, dinov3_options, list_models
 
 __all__ = [
     "LoadReport",
@@ -14,6 +14,7 @@ __all__ = [
     "ViTBaseline",
     "__version__",
     "create_model",
+    "dinov3_options",
     "list_models",
     "load_checkpoint",
 ]

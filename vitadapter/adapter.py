@@ -34,8 +34,9 @@ class ViTAdapter(nn.Module):
     """Vision Transformer Adapter for dense predictions (Chen et al., ICLR 2023, sec. 3).
 
     This class is the adapter. `create_model` combines it with a published backbone, such that the
-    state_dict has the keys of the released ones without their `backbone.` prefix; `around`
-    builds it around any other plain vision transformer, whose keys then start with `backbone.`.
+    state_dict has the keys of the released ones without their `backbone.` prefix; `around` and
+    `from_timm` build it around any other plain vision transformer, whose keys then start with
+    `backbone.`.
 
     Attributes:
         config: all choices.
@@ -72,9 +73,53 @@ class ViTAdapter(nn.Module):
         """
         return WrappedAdapter(backbone, task=task, **options)
 
+    @staticmethod
+    def from_timm(
+        name: str | nn.Module,
+        *,
+        task: str,
+        pretrained: bool = False,
+        img_size: int | tuple[int, int] | None = None,
+        model_args: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> ViTAdapter:
+        """Builds an adapter around a plain vision transformer of timm.
+
+        The model is used as it is: its own parts run, its state_dict, under `backbone.model.`,
+        stays loadable, and while the injectors' gammas are zero its tokens are bitwise those that
+        timm computes. Images of any size are padded to whole patches for it.
+
+        Args:
+            name: the model's name in timm, for example "vit_base_patch14_reg4_dinov2.lvd142m"; or a
+                model that timm made, with dynamic_img_size=True if it has that argument.
+            task: as in `around`.
+            pretrained: load timm's weights.
+            img_size: for models of one image size, such as BEiT; None: the size timm gives them.
+            model_args: further arguments for timm.create_model.
+            **options: other fields of `AdapterConfig`, and `components="spm+extractor"` for a ViT
+                that is not to be touched.
+
+        Returns:
+            The model in training mode; the adapter's weights are fresh.
+
+        Raises:
+            ModuleNotFoundError: timm is not installed.
+            ValueError: timm's model is not a plain vision transformer, or options are wrong.
+        """
+        from .backbones.timm import TimmViT
+
+        backbone = TimmViT(
+            name, pretrained=pretrained, img_size=img_size, model_args=model_args or {}
+        )
+        return WrappedAdapter(backbone, task=task, **options)
+
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
         """Tokens, grid and blocks of the backbone, see `Backbone`."""
         raise NotImplementedError
+
+    def _tap_norm(self) -> Step | None:
+        """The ViT's final norm, where the configuration asks for it."""
+        return None
 
     def vit_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's own parameters, without the adapter's."""
@@ -116,8 +161,9 @@ class ViTAdapter(nn.Module):
         vit_tokens = []  # after each interaction
         prefix = self.num_prefix_tokens
         for blocks, interaction in zip(self.config.ranges, self.interactions, strict=True):
-            x, c = interaction(x, c, [steps[index] for index in blocks], geometry, prefix)
-            vit_tokens.append(x[:, prefix:])
+            own_steps = [steps[index] for index in blocks]
+            x, c, tap = interaction(x, c, own_steps, geometry, prefix, self._tap_norm())
+            vit_tokens.append(tap)
 
         c2, c3, c4 = to_maps(c, geometry.c_shapes)
         maps = [c1 + self.up(c2), c2, c3, c4]
@@ -261,6 +307,8 @@ class WrappedAdapter(ViTAdapter):
             deform_ratio=ratio,
             **values,
         )
+        if config.norm_taps and getattr(backbone, "norm", None) is None:
+            raise ValueError("norm_taps: expected a backbone with a final norm, got one without")
         self.backbone = backbone
         self.embed_dim = dim
         self.depth = backbone.depth
@@ -272,6 +320,10 @@ class WrappedAdapter(ViTAdapter):
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
         """Tokens, grid and blocks of the backbone, see `Backbone`."""
         return self.backbone.start(images)
+
+    def _tap_norm(self) -> Step | None:
+        backbone: Any = self.backbone
+        return backbone.norm if self.config.norm_taps else None
 
 
 def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class ViTBaseline(nn.Module):
 
         def inject(index: int, x: Tensor) -> Tensor:
             if index in injectors:
-                x, _ = injectors[index](x, c, [], geometry, self.num_prefix_tokens)
+                x, _, _ = injectors[index](x, c, [], geometry, self.num_prefix_tokens)
             return x
 
         return inject

@@ -54,6 +54,8 @@ class AdapterConfig:
         feature_rule: which tokens: "new", all four maps get those of the last block; "old", map i
             gets those after interaction i, of which there must be four. None: "new" for detection,
             "old" for segmentation.
+        norm_taps: what extractors and maps get of the ViT's tokens first goes through the ViT's own
+            final norm.
         norm_eps: of the adapter's layer norms.
         freeze_backbone: the ViT and the injectors run without gradients, the ViT in inference mode.
         with_cp: recompute activations in the backward pass (activation checkpointing).
@@ -82,6 +84,7 @@ class AdapterConfig:
     use_extra_extractor: bool = True
     add_vit_feature: bool = True
     feature_rule: str | None = None
+    norm_taps: bool = False
     norm_eps: float = 1e-6
     freeze_backbone: bool = False
     with_cp: bool = False
@@ -210,6 +213,10 @@ class ModelConfig(AdapterConfig):
             raise ValueError(
                 "components, num_interactions: expected an adapter with extractors around "
                 f"uniperceiver, got {self.components!r}, {self.num_interactions}"
+            )
+        if self.norm_taps:
+            raise ValueError(
+                f"norm_taps: expected False for {self.family}, which has no final norm, got True"
             )
         if not self.layer_scale and self.family != "plain_vit":
             raise ValueError(f"layer_scale: expected True for {self.family}, got False")

@@ -72,6 +72,34 @@ _MODELS: dict[str, dict[str, Any]] = {
 _DETECTION: dict[str, dict[str, Any]] = {"beit_adapter_large": {"drop_path_rate": 0.4}}
 
 
+def dinov3_options(depth: int) -> dict[str, Any]:
+    """Options of DINOv3's own variant of the adapter (Simeoni et al., 2025), for `from_timm`.
+
+        ViTAdapter.from_timm("vit_large_patch16_dinov3", task="segmentation", **dinov3_options(24))
+
+    No injectors, a frozen ViT, and its tokens after four blocks, normalised: the published ones for
+    depths 24 and 40, else the last of each quarter.
+
+    Args:
+        depth: blocks of the ViT.
+    """
+    last = {24: (4, 11, 17, 23)}.get(depth) or [
+        depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)
+    ]
+    first = [0, *(index + 1 for index in last[:-1])]
+    return {
+        "components": "spm+extractor",
+        "interaction_indexes": list(zip(first, last, strict=True)),
+        "feature_rule": "old",
+        "norm_taps": True,
+        "adapter_heads": 16,
+        "deform_ratio": 0.5,
+        "drop_path_rate": 0.3,
+        "freeze_backbone": True,
+        "with_cp": True,
+    }
+
+
 def list_models() -> list[str]:
     """Names that `create_model` takes."""
     return list(_MODELS)

@@ -20,6 +20,9 @@ class Backbone(Protocol):
         depth: number of blocks.
         patch_size: side of a patch in pixels.
         num_prefix_tokens: class and register tokens in front of the patch tokens, P.
+
+    A backbone may also have `norm`, a callable that maps tokens to tokens: its final norm, for the
+    option norm_taps.
     """
 
     embed_dim: int

@@ -183,8 +183,14 @@ class Interaction(nn.Module):
         self.with_cp = with_cp
 
     def forward(
-        self, x: Tensor, c: Tensor, steps: Sequence[Step], geometry: Geometry, prefix: int = 0
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        c: Tensor,
+        steps: Sequence[Step],
+        geometry: Geometry,
+        prefix: int = 0,
+        tap_norm: Step | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs one interaction.
 
         Args:
@@ -193,9 +199,10 @@ class Interaction(nn.Module):
             steps: the ViT blocks to run in between, as callables; owned by the ViT.
             geometry: where the tokens lie.
             prefix: number of class and register tokens, which only the ViT sees.
+            tap_norm: normalises the ViT tokens that extractors get.
 
         Returns:
-            The new x and c.
+            The new x and c, and what the extractors got, [B, h*w, D].
         """
         x_shapes, c_shapes = [geometry.x_shape], geometry.c_shapes
         with torch.no_grad() if self.freeze_vit else nullcontext():
@@ -205,11 +212,11 @@ class Interaction(nn.Module):
                 x = torch.cat((head, body), dim=1) if prefix else body
             for step in steps:
                 x = self._run(step, x)
-        body = x[:, prefix:]
+            body = (x if tap_norm is None else tap_norm(x))[:, prefix:]
         for extractor in (self.extractor, *self.extra_extractors):
             if extractor is not None:
                 c = self._run(extractor, c, c_shapes, body, x_shapes, geometry.c_points)
-        return x, c
+        return x, c, body
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
