@@ -25,6 +25,7 @@ from .layers.attention import build_attention
 from .layers.attention.deformable import reference_points
 from .layers.interaction import Extractor, Geometry, Injector, Interaction, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
+from .layers.upsample import Upsample
 
 # What `ViTAdapter` adds to a backbone.
 ADAPTER_PARTS = (*("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4"),)
@@ -216,7 +217,7 @@ class ViTAdapter(nn.Module):
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPriorModule(config.conv_inplane, dim)
         self.interactions = build_interactions(config)
-        self.up = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
+        self.up = Upsample(dim)
         self.norm1 = nn.BatchNorm2d(dim)
         self.norm2 = nn.BatchNorm2d(dim)
         self.norm3 = nn.BatchNorm2d(dim)

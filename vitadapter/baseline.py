@@ -17,6 +17,7 @@ from .config import COARSEST_STRIDE, NUM_MAPS, ModelConfig
 from .layers.attention.deformable import reference_points
 from .layers.interaction import LAYER_NORM_EPS, Geometry, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
+from .layers.upsample import Upsample
 
 _GROUPS = 32
 
@@ -140,8 +141,10 @@ class PlainViTBaseline(PlainViT, ViTBaseline):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm4 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.up1 = nn.Sequential(_up(dim), nn.GroupNorm(_GROUPS, dim), nn.GELU(), _up(dim))
-        self.up2 = _up(dim)
+        self.up1 = nn.Sequential(
+            Upsample(dim), nn.GroupNorm(_GROUPS, dim), nn.GELU(), Upsample(dim)
+        )
+        self.up2 = Upsample(dim)
         self.up3 = nn.Identity()
         self.up4 = nn.MaxPool2d(kernel_size=2, stride=2)
         init_adapter(self.up1, self.up2)
@@ -170,8 +173,8 @@ class BEiTBaseline(BEiT, ViTBaseline):
         self.taps = [third - 1, config.depth // 2 - 1, 2 * third - 1, config.depth - 1]
         if config.depth == 12:
             self.taps[0] = 3
-        self.fpn1 = nn.Sequential(_up(dim), nn.BatchNorm2d(dim), nn.GELU(), _up(dim))
-        self.fpn2 = nn.Sequential(_up(dim))
+        self.fpn1 = nn.Sequential(Upsample(dim), nn.BatchNorm2d(dim), nn.GELU(), Upsample(dim))
+        self.fpn2 = nn.Sequential(Upsample(dim))
         self.fpn3 = nn.Identity()
         self.fpn4 = nn.MaxPool2d(kernel_size=2, stride=2)
         self._add_prior(config)
@@ -215,7 +218,3 @@ class ResidualBlock(nn.Module):
 
 def _channel_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def _up(dim: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)

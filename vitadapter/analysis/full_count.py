@@ -55,8 +55,17 @@ _FREE = {
     for name in (
         *("_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat", "clone"),
         *("constant_pad_nd", "copy_", "detach", "empty", "expand", "fill_", "flip", "full"),
-        *("new_empty", "new_full", "permute", "select", "slice", "split", "split_with_sizes"),
-        *("stack", "t", "transpose", "unbind", "unfold", "unsqueeze", "upsample_nearest2d"),
+        *("new_empty", "new_full", "permute", "repeat", "select", "slice", "split"),
+        *(
+            "split_with_sizes",
+            "stack",
+            "t",
+            "transpose",
+            "unbind",
+            "unfold",
+            "unsqueeze",
+            "upsample_nearest2d",
+        ),
         *("view", "zeros_like"),
     )
 }
