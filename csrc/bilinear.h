@@ -48,15 +48,34 @@ struct LaneOf<double> {
   using type = double;
 };
 
-// A location in pixels of its level. False, with x = y = 0, when the point touches no pixel, which
-// includes every non-finite coordinate: such a point contributes nothing and gets no gradient. The
-// test is made in floating point, before any conversion to an integer could overflow.
+// The position of a location, a fraction of the level's size, in pixels: 0 is the first centre.
 template <typename T>
-VITADAPTER_HD auto to_pixels(const T& loc_x, const T& loc_y, const T& height, const T& width, T& x,
-                             T& y) {
+VITADAPTER_HD T located(const T& location, const T& size) {
+  return location * size - typename LaneOf<T>::type(0.5);
+}
+
+// A position in pixels that is linear in an offset: base + offset * step. Beside a reference point
+// offsets are pixels; beside a box its extent, times a scale, is a unit of offset.
+template <typename T>
+struct Axis {
+  T base, step;
+};
+template <typename T>
+VITADAPTER_HD Axis<T> beside_point(const T& reference, const T& size) {
+  return {located(reference, size), T{} + typename LaneOf<T>::type(1)};
+}
+template <typename T>
+VITADAPTER_HD Axis<T> beside_box(const T& reference, const T& extent, const T& scale,
+                                 const T& size) {
+  return {located(reference, size), scale * (extent * size)};
+}
+
+// False, and x = y = 0, when the point touches no pixel, which includes every non-finite position:
+// such a point contributes nothing and gets no gradient. The test is made in floating point, before
+// any conversion to an integer could overflow.
+template <typename T>
+VITADAPTER_HD auto keep_on_map(T& x, T& y, const T& height, const T& width) {
   using lane = typename LaneOf<T>::type;
-  x = loc_x * width - lane(0.5);
-  y = loc_y * height - lane(0.5);
   const auto inside = (x > lane(-1)) & (y > lane(-1)) & (x < width) & (y < height);
   x = inside ? x : T{};
   y = inside ? y : T{};
@@ -95,7 +114,7 @@ VITADAPTER_HD void place_on_axis(const T& x, const I& size, I index[2], T weight
   weight[1] = high_in ? fraction : nothing;
 }
 
-// The four corners around (x, y), which are pixels from `to_pixels`.
+// The four corners around (x, y), which are pixels from `keep_on_map`.
 template <typename T, typename I>
 VITADAPTER_HD Footprint<T, I> footprint(const T& x, const T& y, const I& height, const I& width) {
   Footprint<T, I> f;
@@ -107,20 +126,27 @@ VITADAPTER_HD Footprint<T, I> footprint(const T& x, const T& y, const I& height,
 // Gradients of one point, from s[k] = <grad_out, value at corner k>.
 template <typename T>
 struct PointGradient {
-  T weight;        // with respect to the attention weight
-  T loc_x, loc_y;  // with respect to the normalised location
+  T weight;  // with respect to the attention weight
+  T x, y;    // with respect to the position in pixels
 };
 
 template <typename T, typename I>
 VITADAPTER_HD PointGradient<T> point_gradient(const Footprint<T, I>& f, const T s[4],
-                                              const T& attention, const T& height, const T& width) {
+                                              const T& attention) {
   const T top = f.wx[0] * s[0] + f.wx[1] * s[1], bottom = f.wx[0] * s[2] + f.wx[1] * s[3];
   const T left = f.wy[0] * s[0] + f.wy[1] * s[2], right = f.wy[0] * s[1] + f.wy[1] * s[3];
   PointGradient<T> g;
   g.weight = f.wy[0] * top + f.wy[1] * bottom;
-  g.loc_x = attention * width * (f.dx[0] * left + f.dx[1] * right);
-  g.loc_y = attention * height * (f.dy[0] * top + f.dy[1] * bottom);
+  g.x = attention * (f.dx[0] * left + f.dx[1] * right);
+  g.y = attention * (f.dy[0] * top + f.dy[1] * bottom);
   return g;
+}
+
+// A gradient by a position, times what the position is multiplied with. Points outside have the
+// gradient 0, and keep it beside factors that are not finite.
+template <typename T>
+VITADAPTER_HD T chain(const T& grad, const T& factor) {
+  return grad == T{} ? T{} : grad * factor;
 }
 
 }  // namespace vitadapter

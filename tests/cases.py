@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,10 +47,7 @@ class Inputs:
     @property
     def starts(self) -> list[int]:
         """First pixel of each level: as given, or one level after the other."""
-        if self.level_start_index is not None:
-            return self.level_start_index
-        areas = [height * width for height, width in self.spatial_shapes]
-        return [sum(areas[:level]) for level in range(len(areas))]
+        return first_pixels(self.spatial_shapes, self.level_start_index)
 
     def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
         """A copy with value in `dtype`; locations and weights in `points`, or in `dtype`."""
@@ -162,6 +159,185 @@ SMALL = (
 )
 
 
+@dataclass(frozen=True)
+class OffsetInputs:
+    """The arguments of one call of the fused operator."""
+
+    value: Tensor
+    spatial_shapes: list[tuple[int, int]]
+    reference_points: Tensor
+    sampling_offsets: Tensor
+    attention_logits: Tensor
+    points_per_level: list[int]
+    level_start_index: list[int] | None
+    padding_mask: Tensor | None
+    offset_scale: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What gets a gradient."""
+        return (
+            self.value,
+            self.reference_points,
+            self.sampling_offsets,
+            self.attention_logits,
+        )
+
+    @property
+    def keywords(self) -> dict:
+        return {
+            "points_per_level": self.points_per_level,
+            "level_start_index": self.level_start_index,
+            "padding_mask": self.padding_mask,
+            "offset_scale": self.offset_scale,
+        }
+
+    @property
+    def arguments(self) -> list:
+        """All, in the order of the operator's schema, without return_weights."""
+        sizes = [side for size in self.spatial_shapes for side in size]
+        starts = first_pixels(self.spatial_shapes, self.level_start_index)
+        return [
+            self.value,
+            sizes,
+            starts,
+            self.points_per_level,
+            *self.tensors[1:],
+            self.padding_mask,
+            self.offset_scale,
+        ]
+
+    def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
+        """A copy with value in `dtype`, offsets and logits in `points` or in `dtype`.
+
+        Reference points and scales are in the dtype of arithmetic.
+        """
+        points = points or dtype
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        mask, scale = self.padding_mask, self.offset_scale
+        return replace(
+            self,
+            value=self.value.to(device, dtype),
+            reference_points=self.reference_points.to(device, compute),
+            sampling_offsets=self.sampling_offsets.to(device, points),
+            attention_logits=self.attention_logits.to(device, points),
+            padding_mask=None if mask is None else mask.to(device),
+            offset_scale=None if scale is None else scale.to(device, compute),
+        )
+
+
+@dataclass(frozen=True)
+class OffsetCase:
+    """A shape of the fused operator, with the letters of `Case`; `points` of each level.
+
+    Reference points lie anywhere, or are the pixel centres of `grids`; they are boxes where `boxes`
+    says so, and shared by all images or levels where `shared_*` does.
+    """
+
+    name: str
+    shapes: Grids
+    points: tuple[int, ...]
+    batch: int = 2
+    queries: int = 7
+    heads: int = 3
+    channels: int = 8
+    boxes: bool = False
+    scaled: bool = False
+    shared_batch: bool = False
+    shared_levels: bool = False
+    masked: bool = False
+    starts: tuple[int, ...] | None = None
+    spread: float = 3.0  # of the offsets, in pixels
+    grids: Grids = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(
+        self, seed: int = 0, dtype: torch.dtype = torch.float64, stored: torch.dtype | None = None
+    ) -> OffsetInputs:
+        """Random inputs, with every point at least 0.02 pixels from a pixel's centre line.
+
+        Args:
+            seed: of the numbers.
+            dtype: what they come in.
+            stored: the narrowest dtype that offsets and logits will be rounded to; they are
+                multiples of its steps, so that no rounding moves a point across a line.
+        """
+        g = torch.Generator().manual_seed(seed)
+        pixels = sum(h * w for h, w in self.shapes)
+        levels, total = len(self.shapes), sum(self.points)
+        stored = stored or torch.bfloat16
+        value = torch.randn(self.batch, pixels, self.heads, self.channels, generator=g)
+        size = (1 if self.shared_batch else self.batch, self.queries)
+        size += (1 if self.shared_levels else levels,)
+        if self.grids:
+            centres = Case("", self.shapes, 1, self.queries, grids=self.grids).positions(g)
+            reference = centres[:, :, None].expand(*size, 2)
+        else:
+            reference = torch.rand(*size, 2, generator=g, dtype=torch.float64) * 1.2 - 0.1
+        if self.boxes:
+            extent = torch.rand(*size, 2, generator=g, dtype=torch.float64) * 0.5 + 0.1
+            reference = torch.cat((reference, extent), -1)
+        reference = reference.float().double()
+        size = (self.batch, self.queries, self.heads, total)
+        offsets = torch.randn(*size, 2, generator=g, dtype=torch.float64) * self.spread
+        logits = torch.randn(size, generator=g, dtype=torch.float64).to(stored)
+        scale = None
+        if self.scaled:
+            scale = (torch.rand(total, generator=g, dtype=torch.float64) + 0.1).float().double()
+        mask = torch.rand(self.batch, pixels, generator=g) < 0.3 if self.masked else None
+        inputs = OffsetInputs(
+            value.double(),
+            list(self.shapes),
+            reference,
+            offsets.to(stored).double(),
+            logits.double(),
+            list(self.points),
+            list(self.starts) if self.starts else None,
+            mask,
+            scale,
+        )
+        for _ in range(100):
+            position = torch.cat([x for _, x in offset_positions(inputs)], 3) - 0.5
+            close = (position - position.round()).abs() < 0.02
+            if not close.any():
+                break
+            moved = inputs.sampling_offsets + torch.rand(close.shape, generator=g).double() * close
+            inputs = replace(inputs, sampling_offsets=moved.to(stored).double())
+        return inputs.to(dtype)
+
+
+def first_pixels(shapes: list[tuple[int, int]], starts: list[int] | None) -> list[int]:
+    """First pixel of each level: as given, or one level after the other."""
+    if starts is not None:
+        return starts
+    areas = [height * width for height, width in shapes]
+    return [sum(areas[:level]) for level in range(len(areas))]
+
+
+def offset_positions(inputs: OffsetInputs):
+    """Yields each level and its points' locations [B, Q, M, P, 2] in pixels, from the equation."""
+    first = 0
+    for level, ((height, width), points) in enumerate(
+        zip(inputs.spatial_shapes, inputs.points_per_level, strict=True)
+    ):
+        here = slice(first, first + points)
+        first += points
+        offsets = inputs.sampling_offsets[..., here, :]
+        reference = inputs.reference_points
+        box = reference[:, :, min(level, reference.shape[2] - 1), None, None]
+        sides = torch.tensor([width, height], dtype=offsets.dtype, device=offsets.device)
+        if box.shape[-1] == 2:
+            location = box + offsets / sides
+        else:
+            scale = 0.5 / max(points, 1)
+            if inputs.offset_scale is not None:
+                scale = inputs.offset_scale[here, None]
+            location = box[..., :2] + offsets * scale * box[..., 2:]
+        yield level, location * sides
+
+
 def vit_adapter(size: str, image: int) -> tuple[Case, Case]:
     """The injector and extractor of ViT-Adapter-S, -B or -L for a square image, batch 1."""
     heads, channels = {"S": (6, 64), "B": (12, 32), "L": (16, 32)}[size]
@@ -182,6 +358,46 @@ def deformable_detr() -> tuple[Case, Case]:
     return (
         Case("encoder-detr", levels, 1, pixels, 8, 32, spread=0.05, grids=levels),
         Case("decoder-detr", levels, 2, 300, 8, 32, spread=0.05),
+    )
+
+
+OFFSETS = (
+    OffsetCase("one-of-everything", ((1, 1),), (1,), 1, 1, 1, 1, spread=0.3),
+    OffsetCase("row-map", ((1, 9),), (4,), channels=3),
+    OffsetCase("column-map", ((9, 1),), (3,), channels=5, boxes=True),
+    OffsetCase("three-levels", ((8, 12), (4, 6), (2, 3)), (4, 4, 4), masked=True),
+    OffsetCase("boxes", ((8, 12), (4, 6), (2, 3)), (4, 4, 4), boxes=True),
+    OffsetCase("prime-queries", ((6, 7), (3, 4)), (4, 4), 3, 13, shared_batch=True),
+    OffsetCase("shared-reference", ((6, 7), (3, 4)), (2, 2), shared_batch=True, shared_levels=True),
+    OffsetCase("shared-boxes", ((6, 7), (3, 4)), (3, 3), boxes=True, shared_levels=True),
+    OffsetCase("unequal-points", ((6, 7), (3, 4), (2, 2)), (3, 6, 1), channels=16, masked=True),
+    OffsetCase(
+        "unequal-scaled-boxes", ((6, 7), (3, 4)), (3, 6), boxes=True, scaled=True, masked=True
+    ),
+    OffsetCase("a-level-without-points", ((6, 7), (3, 4)), (0, 5), boxes=True),
+    OffsetCase("many-points", ((6, 6), (3, 3)), (11, 9), channels=31),
+    OffsetCase("far-outside", ((4, 4), (2, 2)), (4, 4), channels=12, spread=20.0),
+    OffsetCase("permuted-levels", ((4, 6), (2, 3)), (4, 4), starts=(6, 0), channels=24),
+    OffsetCase("wide-channels", ((5, 7),), (4,), queries=5, channels=71, masked=True),
+    OffsetCase("channels-128", ((4, 5),), (4,), heads=2, queries=4, channels=128),
+)
+
+
+def fused(case: Case) -> OffsetCase:
+    """The shape of a case that has `grids`, with its queries' positions as reference points."""
+    points = (case.points,) * len(case.shapes)
+    return OffsetCase(
+        case.name,
+        case.shapes,
+        points,
+        case.batch,
+        case.queries,
+        case.heads,
+        case.channels,
+        shared_batch=True,
+        shared_levels=True,
+        spread=LOCAL_SPREAD,
+        grids=case.grids,
     )
 
 

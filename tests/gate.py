@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What correct means, for tests and benchmarks: the output and all three gradients of one case."""
+"""What correct means, for tests and benchmarks: the outputs and all gradients of one case."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 import cases
 import oracles
 from tolerances import assert_as_accurate_as_eager
-from vitadapter_ops import ms_deform_attn
+from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
 
 NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")
 
@@ -47,14 +47,23 @@ def check(
     """
     dtype, points = cases.DTYPES[dtypes]
     inputs = case.inputs().to(dtype, points=points)
-    generator = torch.Generator().manual_seed(0)
-    shape = (case.batch, case.queries, case.heads * case.channels)
-    cotangent = torch.randn(shape, generator=generator).to(dtype)
+    cotangent = _cotangent(case, dtype)
     exact = run(op("reference"), inputs.to(torch.float64), cotangent)
     eager = run(oracles.grid_sample, inputs, cotangent)
-    results = compute(inputs, cotangent)
-    for what, got, plain, expected in zip(NAMES, results, eager, exact, strict=True):
-        wanted = dtype if what in NAMES[:2] else points
+    wanted = (dtype, dtype, points, points)
+    _judge(NAMES, wanted, compute(inputs, cotangent), eager, exact)
+
+
+def _cotangent(case: cases.Case | cases.OffsetCase, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.queries, case.heads * case.channels)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _judge(names, dtypes, results, eager, exact) -> None:
+    for what, wanted, got, plain, expected in zip(
+        names, dtypes, results, eager, exact, strict=True
+    ):
         assert got.dtype == wanted, f"{what}: {got.dtype}, not {wanted}"
         assert_as_accurate_as_eager(what, got, plain, expected)
 
@@ -67,3 +76,74 @@ def check_backend(case: cases.Case, dtypes: str, backend: str, device: str) -> N
         return run(op(backend), inputs.to(dtype, device, points), cotangent.to(device))
 
     check(case, dtypes, compute)
+
+
+OFFSET_NAMES = (
+    "output",
+    "weights",
+    "gradient of value",
+    "gradient of reference points",
+    "gradient of offsets",
+    "gradient of logits",
+)
+
+
+def from_offsets(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The fused operator on one backend, with the arguments of `oracles.from_offsets`."""
+
+    def function(inputs, value, *points):
+        return ms_deform_attn_from_offsets(
+            value,
+            inputs.spatial_shapes,
+            *points,
+            **inputs.keywords,
+            return_weights=True,
+            backend=backend,
+        )
+
+    return function
+
+
+def run_offsets(function: Callable[..., tuple[Tensor, Tensor]], inputs, cotangents) -> list[Tensor]:
+    """Outputs and gradients of a function as `from_offsets` makes it, as OFFSET_NAMES has them."""
+    tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
+    outs = function(inputs, *tensors)
+    grads = torch.autograd.grad(
+        outs, tensors, [c.to(out) for c, out in zip(cotangents, outs, strict=True)]
+    )
+    return [t.detach().cpu() for t in (*outs, *grads)]
+
+
+def check_offsets(
+    case: cases.OffsetCase,
+    dtypes: str,
+    compute: Callable[[cases.OffsetInputs, list[Tensor]], list[Tensor]],
+) -> None:
+    """`check` for the fused operator.
+
+    Args:
+        case: the shape.
+        dtypes: a name in `cases.DTYPES`; points are offsets and logits.
+        compute: from inputs and the gradients by output and weights, all on the CPU, to what
+            OFFSET_NAMES lists.
+    """
+    dtype, points = cases.DTYPES[dtypes]
+    inputs = case.inputs(stored=points).to(dtype, points=points)
+    weights = torch.randn(inputs.attention_logits.shape, generator=torch.Generator().manual_seed(1))
+    cotangents = [_cotangent(case, dtype), weights.to(points)]
+    exact = run_offsets(from_offsets("reference"), inputs.to(torch.float64), cotangents)
+    eager = run_offsets(oracles.from_offsets, inputs, cotangents)
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    wanted = (dtype, points, dtype, compute_dtype, points, points)
+    _judge(OFFSET_NAMES, wanted, compute(inputs, cotangents), eager, exact)
+
+
+def check_offsets_backend(case: cases.OffsetCase, dtypes: str, backend: str, device: str) -> None:
+    """`check_offsets` for one of our backends on a device."""
+    dtype, points = cases.DTYPES[dtypes]
+
+    def compute(inputs, cotangents):
+        inputs = inputs.to(dtype, device, points)
+        return run_offsets(from_offsets(backend), inputs, [c.to(device) for c in cotangents])
+
+    check_offsets(case, dtypes, compute)

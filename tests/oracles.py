@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import cases
 
 
 def plain_loops(inputs) -> Tensor:
@@ -66,3 +69,43 @@ def grid_sample(
         out = out + (sampled * weight).sum(-1)
         start += height * width
     return out.view(batch, heads * channels, queries).transpose(1, 2).to(dtype)
+
+
+def from_offsets(inputs, value, reference, offsets, logits) -> tuple[Tensor, Tensor]:
+    """The chain that models without the fused operator have: softmax, locations, grid_sample.
+
+    In fp32 (fp64 for fp64) whatever is stored, as `grid_sample`; for any points per level.
+
+    Args:
+        inputs: cases.OffsetInputs, for all that gets no gradient.
+        value: this and the following take the place of the tensors in `inputs`.
+        reference: reference points.
+        offsets: sampling offsets.
+        logits: attention logits.
+
+    Returns:
+        The output, and the attention weights.
+    """
+    dtype = value.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    value, reference = value.to(compute), reference.to(compute)
+    offsets, weights = offsets.to(compute), logits.to(compute).softmax(-1)
+    if inputs.padding_mask is not None:
+        value = value.masked_fill(inputs.padding_mask[..., None, None], 0)
+    starts = cases.first_pixels(inputs.spatial_shapes, inputs.level_start_index)
+    moved = dataclasses.replace(inputs, reference_points=reference, sampling_offsets=offsets)
+    out, first = 0, 0
+    for level, pixels in cases.offset_positions(moved):
+        height, width = inputs.spatial_shapes[level]
+        points = pixels.shape[3]
+        sides = torch.tensor([width, height], dtype=compute, device=pixels.device)
+        if points > 0:
+            out = out + grid_sample(
+                value,
+                [(height, width)],
+                (pixels / sides)[:, :, :, None],
+                weights[:, :, :, None, first : first + points],
+                [starts[level]],
+            )
+        first += points
+    return out.to(dtype), weights.to(logits.dtype)

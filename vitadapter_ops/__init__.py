@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-scale deformable attention for PyTorch: `ms_deform_attn` and the module `MSDeformAttn`."""
+"""Multi-scale deformable attention for PyTorch.
+
+Functions `ms_deform_attn` and `ms_deform_attn_from_offsets`, module `MSDeformAttn`.
+"""
 
 from . import _extension
 from . import _ops as _ops  # registers the operators
 from ._dispatch import BackendUnavailable, available_backends, explain_backend
 from ._version import __version__
-from .functional import ms_deform_attn
+from .functional import ms_deform_attn, ms_deform_attn_from_offsets
 from .modules import MSDeformAttn
 
 __all__ = [
@@ -15,6 +18,7 @@ __all__ = [
     "available_backends",
     "explain_backend",
     "ms_deform_attn",
+    "ms_deform_attn_from_offsets",
 ]
 
 _extension.load_prebuilt()

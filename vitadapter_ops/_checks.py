@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -158,3 +159,129 @@ def ms_deform_attn(
         sampling_locations.shape[:5],
         "sampling_locations",
     )
+
+
+def reference_points(points: Tensor, batch: int, queries: int, levels: int) -> None:
+    """Checks reference points against the sizes that they are given for.
+
+    Raises:
+        ValueError: not [B or 1, Q, L or 1, 2 or 4].
+    """
+    rank("reference_points", points, "B or 1, Q, L or 1, 2 or 4")
+    if (
+        points.shape[0] not in (1, batch)
+        or points.shape[1] != queries
+        or points.shape[2] not in (1, levels)
+        or points.shape[3] not in (2, 4)
+    ):
+        raise ValueError(
+            f"reference_points: expected [{batch} or 1, {queries}, {levels} or 1, 2 or 4], "
+            f"got {list(points.shape)}"
+        )
+
+
+def padding_mask(mask: object, batch: int, pixels: int, name: str = "padding_mask") -> None:
+    """Checks a mask over the pixels of value.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: dtype or shape is not as documented.
+    """
+    is_tensor(name, mask)
+    assert isinstance(mask, Tensor)
+    dtype(name, mask, (torch.bool,), " (True where value is padding)")
+    shape(name, mask, (batch, pixels), "B, S of value")
+
+
+def points_per_level(points: Sequence[int] | None, levels: int, total: int) -> list[int]:
+    """The number of points of each level, checked against the number of all points.
+
+    Raises:
+        ValueError: they do not add up to `total`, or None and the levels cannot share it equally.
+    """
+    if points is None:
+        if total % levels:
+            raise ValueError(
+                f"sampling_offsets: expected a multiple of {levels} points (one share for each "
+                f"level of spatial_shapes; points_per_level gives unequal ones), got {total}"
+            )
+        return [total // levels] * levels
+    counts = _integers("points_per_level", list(points))
+    if len(counts) != levels or any(count < 0 for count in counts) or sum(counts) != total:
+        raise ValueError(
+            f"points_per_level: expected {levels} numbers (one for each level of spatial_shapes) "
+            f"that add up to {total} (sampling_offsets.shape[3]), got {counts}"
+        )
+    return counts
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    levels: int,
+    points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> None:
+    """Checks the tensors of `ms_deform_attn_from_offsets` against each other.
+
+    Args:
+        value: as documented there.
+        levels: the number of levels.
+        points: reference_points.
+        offsets: sampling_offsets.
+        logits: attention_logits.
+
+    Raises:
+        ValueError: rank, shape, dtype or device is not as documented there.
+    """
+    rank("value", value, "B, S, M, D")
+    rank("sampling_offsets", offsets, "B, Q, M, K, 2")
+    rank("attention_logits", logits, "B, Q, M, K")
+    dtype("value", value, FLOATING)
+    batch, _, heads, channels = value.shape
+    if heads < 1 or channels < 1:
+        raise ValueError(f"value: expected M, D >= 1, got shape {list(value.shape)}")
+    # fp64 beside a narrower value would be rounded.
+    accepted = FLOATING if value.dtype == torch.float64 else FLOATING[1:]
+    why = "" if value.dtype == torch.float64 else f" (beside a {_names([value.dtype])} value)"
+    for name, tensor in (
+        ("reference_points", points),
+        ("sampling_offsets", offsets),
+        ("attention_logits", logits),
+    ):
+        dtype(name, tensor, accepted, why)
+        device(name, tensor, value.device, "value")
+    queries, total = offsets.shape[1], offsets.shape[3]
+    shape("sampling_offsets", offsets, (batch, queries, heads, total, 2), "value")
+    shape("attention_logits", logits, offsets.shape[:4], "sampling_offsets")
+    reference_points(points, batch, queries, levels)
+
+
+def offset_scale(scale: object, points: Tensor, total: int, compute: torch.dtype) -> Tensor | None:
+    """What boxes are scaled with per unit of offset, as a tensor [K] in the dtype of arithmetic.
+
+    Raises:
+        TypeError: neither a number nor a tensor.
+        ValueError: given beside reference points without boxes, not finite, or not one for each
+            point.
+    """
+    if scale is None:
+        return None
+    if points.shape[3] != 4:
+        raise ValueError(
+            "offset_scale: expected None beside reference_points of width 2 (their offsets are in "
+            f"pixels), got {scale if not isinstance(scale, Tensor) else 'a tensor'}"
+        )
+    if isinstance(scale, Tensor):
+        dtype("offset_scale", scale, FLOATING)
+        device("offset_scale", scale, points.device, "value")
+        shape("offset_scale", scale, (total,), "one for each point of sampling_offsets")
+        return scale.detach().to(compute)
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(
+            f"offset_scale: expected a number, a torch.Tensor or None, got {type(scale).__name__}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"offset_scale: expected a finite number, got {scale}")
+    # Filled on the device: a tensor made from Python numbers would be copied from the host.
+    return torch.full((total,), float(scale), dtype=compute, device=points.device)

@@ -19,8 +19,9 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice depends on: device type, dtype of value, number of levels."""
+    """What the choice depends on: operator, device type, dtype of value, number of levels."""
 
+    op: str
     device: str
     dtype: torch.dtype
     levels: int = 1
@@ -32,12 +33,12 @@ class Backend:
 
     Attributes:
         name: what users call it.
-        op: its operator in torch.ops.vitadapter_ops.
+        suffix: what its operators in torch.ops.vitadapter_ops have behind their names.
         can_run: None, or the reason why it cannot run a call.
     """
 
     name: str
-    op: str
+    suffix: str
     can_run: Callable[[Call], str | None]
 
 
@@ -61,27 +62,27 @@ def _always(call: Call) -> str | None:
 
 # In the order in which `auto` tries them.
 BACKENDS = (
-    Backend("cuda", "ms_deform_attn", _native("cuda")),
-    Backend("cpu", "ms_deform_attn", _native("cpu")),
-    Backend("reference", "ms_deform_attn_reference", _always),
+    Backend("cuda", "", _native("cuda")),
+    Backend("cpu", "", _native("cpu")),
+    Backend("reference", "_reference", _always),
 )
 
 _chosen: dict[tuple[str, Call], str] = {}
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: str, device: str, dtype: torch.dtype, levels: int) -> str:
-    """The operator that serves a call; compiles the native library if this is its first use.
+def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) -> str:
+    """The name of what serves a call of `op`; compiles the native library at its first use.
 
     Raises:
         ValueError: no backend has this name.
         BackendUnavailable: the backend that was asked for cannot run.
     """
-    call = Call(device, dtype, levels)
-    op = _chosen.get((backend, call))
-    if op is None:
-        op = _chosen[backend, call] = _find(backend, call).op
-    return op
+    call = Call(op, device, dtype, levels)
+    chosen = _chosen.get((backend, call))
+    if chosen is None:
+        chosen = _chosen[backend, call] = op + _find(backend, call).suffix
+    return chosen
 
 
 def _find(backend: str, call: Call) -> Backend:
@@ -97,6 +98,9 @@ def _find(backend: str, call: Call) -> Backend:
     raise ValueError(f"backend: expected one of {names}, got {backend!r}")
 
 
+OPS = ("ms_deform_attn", "ms_deform_attn_from_offsets")
+
+
 def available_backends() -> list[str]:
     """The backends that can run on this machine, in the order in which `auto` tries them.
 
@@ -106,20 +110,30 @@ def available_backends() -> list[str]:
     return [
         backend.name
         for backend in BACKENDS
-        if any(backend.can_run(Call(device, torch.float32)) is None for device in devices)
+        if any(backend.can_run(Call(OPS[0], device, torch.float32)) is None for device in devices)
     ]
 
 
-def explain_backend(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
+def explain_backend(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    op: str = "ms_deform_attn",
+) -> str:
     """Says, a line for each backend, which one `auto` takes and why the others do not run.
 
     Args:
         device: where the tensors are.
         dtype: the dtype of value.
+        op: "ms_deform_attn" or "ms_deform_attn_from_offsets".
+
+    Raises:
+        ValueError: no operator has this name.
     """
-    call = Call(torch.device(device).type, dtype)
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    call = Call(op, torch.device(device).type, dtype)
     chosen = _find("auto", call)
-    lines = [f"ms_deform_attn on {call.device}, {str(dtype).removeprefix('torch.')}:"]
+    lines = [f"{op} on {call.device}, {str(dtype).removeprefix('torch.')}:"]
     for backend in BACKENDS:
         reason = backend.can_run(call)
         if reason is not None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of the operators, on one page: schema, fallback, fake and autograd.
 
-`ms_deform_attn` is native: csrc/ registers its CPU and CUDA kernels when a library is loaded, and
-until then (or on any other device) the reference serves. `ms_deform_attn_reference` has the same
-contract and is always the reference, so that it can be asked for by name.
+`ms_deform_attn` and `ms_deform_attn_from_offsets` are native: csrc/ registers their CPU and CUDA
+kernels when a library is loaded, and until then (or on any other device) the reference serves.
+`<name>_reference` has the same contract and is always the reference, so that it can be asked for by
+name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,28 +19,90 @@ from torch.library import Library, impl, register_autograd, register_fake
 from . import reference
 
 # spatial_shapes is H0, W0, H1, W1, ...; SymInt keeps one compiled graph for all image sizes.
-_INPUTS = (
-    "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start_index, "
-    "Tensor sampling_locations, Tensor attention_weights"
+_VALUE = "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start_index, "
+_LOCATED = _VALUE + "Tensor sampling_locations, Tensor attention_weights"
+_OFFSETS = _VALUE + (
+    "int[] points_per_level, Tensor reference_points, Tensor sampling_offsets, "
+    "Tensor attention_logits, Tensor? padding_mask, Tensor? offset_scale"
 )
-_NEEDS = "bool need_value, bool need_locations, bool need_weights"
 
 # torch.library's Library is untyped.
 LIB: Any = Library("vitadapter_ops", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _fake_forward(
+def _like(tensor: Tensor, needed: bool) -> Tensor:
+    """A fake gradient: contiguous, as the kernels allocate it; empty where it is not needed."""
+    return tensor.new_empty(tensor.shape if needed else (0,))
+
+
+def _fake_out(value: Tensor, queries: int) -> Tensor:
+    batch, _, heads, channels = value.shape
+    return value.new_empty((batch, queries, heads * channels))
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "ms_deform_attn: second-order gradients are not implemented; differentiate once, "
+        "or use create_graph=False"
+    )
+
+
+def _define(
+    name: str,
+    schema: tuple[str, str],
+    kernels: tuple[Callable[..., Any], Callable[..., Any]],
+    fakes: tuple[Callable[..., Any], Callable[..., Any]],
+    setup_context: Callable[..., None],
+    backward: Callable[[Any, Any, Any], Any],
+) -> None:
+    """Defines an operator, its backward, and both again as `<name>_reference`.
+
+    Args:
+        name: of the operator.
+        schema: arguments and results of the operator and of its backward.
+        kernels: the reference's two functions.
+        fakes: shapes and dtypes of the results of both.
+        setup_context: saves what the backward needs.
+        backward: (ctx, the backward operator, gradients of the results) -> gradients of the inputs.
+    """
+    for op in (name, f"{name}_reference"):
+        for suffix, text, kernel, fake in zip(
+            ("", "_backward"), schema, kernels, fakes, strict=True
+        ):
+            LIB.define(f"{op}{suffix}{text}")
+            impl(LIB, f"{op}{suffix}", "CompositeExplicitAutograd")(kernel)
+            register_fake(f"vitadapter_ops::{op}{suffix}", fake, lib=LIB)
+
+        def differentiate(ctx: Any, *grads: Tensor | None, op: str = op) -> Any:
+            if ctx.saved_tensors[0].is_cuda and torch.are_deterministic_algorithms_enabled():
+                # The CUDA kernels' atomics add in any order; the reference's index_add_ obeys the
+                # flag.
+                op = f"{name}_reference"
+            return backward(ctx, getattr(torch.ops.vitadapter_ops, f"{op}_backward"), grads)
+
+        qualified = f"vitadapter_ops::{op}"
+        register_autograd(qualified, differentiate, setup_context=setup_context, lib=LIB)
+        register_autograd(f"{qualified}_backward", _no_double_backward, lib=LIB)
+
+
+def _given(grad: Tensor, needed: bool) -> Tensor | None:
+    return grad if needed else None
+
+
+# ms_deform_attn
+
+
+def _fake_located(
     value: Tensor,
     spatial_shapes: list[int],
     level_start_index: list[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    batch, _, heads, channels = value.shape
-    return value.new_empty((batch, sampling_locations.shape[1], heads * channels))
+    return _fake_out(value, sampling_locations.shape[1])
 
 
-def _fake_backward(
+def _fake_located_backward(
     grad_output: Tensor,
     value: Tensor,
     spatial_shapes: list[int],
@@ -49,69 +113,130 @@ def _fake_backward(
     need_locations: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        return tensor.new_empty(tensor.shape if needed else (0,))
-
     return (
-        like(value, need_value),
-        like(sampling_locations, need_locations),
-        like(attention_weights, need_weights),
+        _like(value, need_value),
+        _like(sampling_locations, need_locations),
+        _like(attention_weights, need_weights),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_located(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.spatial_shapes, ctx.level_start_index, sampling_locations, attention_weights = inputs
     ctx.save_for_backward(value, sampling_locations, attention_weights)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "ms_deform_attn: second-order gradients are not implemented; differentiate once, "
-        "or use create_graph=False"
+def _located_gradients(ctx: Any, op: Any, grads: tuple[Tensor]) -> tuple[Tensor | None, ...]:
+    need_value, _, _, *need_points = ctx.needs_input_grad
+    value, *points = ctx.saved_tensors
+    grad_value, *grad_points = op(
+        *grads,
+        value,
+        ctx.spatial_shapes,
+        ctx.level_start_index,
+        *points,
+        need_value,
+        *need_points,
+    )
+    return (_given(grad_value, need_value), None, None, *map(_given, grad_points, need_points))
+
+
+_define(
+    "ms_deform_attn",
+    (
+        f"({_LOCATED}) -> Tensor",
+        f"(Tensor grad_output, {_LOCATED}, bool need_value, bool need_locations, "
+        "bool need_weights) -> (Tensor, Tensor, Tensor)",
+    ),
+    (reference.ms_deform_attn, reference.ms_deform_attn_backward),
+    (_fake_located, _fake_located_backward),
+    _save_located,
+    _located_gradients,
+)
+
+
+# ms_deform_attn_from_offsets: the second result is the attention weights, empty unless asked for.
+
+
+def _fake_from_offsets(
+    value: Tensor,
+    spatial_shapes: list[int],
+    level_start_index: list[int],
+    points_per_level: list[int],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    padding_mask: Tensor | None,
+    offset_scale: Tensor | None,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    out = _fake_out(value, sampling_offsets.shape[1])
+    return out, _like(attention_logits, return_weights)
+
+
+def _fake_from_offsets_backward(
+    grad_output: Tensor,
+    grad_weights: Tensor | None,
+    value: Tensor,
+    spatial_shapes: list[int],
+    level_start_index: list[int],
+    points_per_level: list[int],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    padding_mask: Tensor | None,
+    offset_scale: Tensor | None,
+    need_value: bool,
+    need_reference: bool,
+    need_offsets: bool,
+    need_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _like(value, need_value),
+        _like(reference_points, need_reference),
+        _like(sampling_offsets, need_offsets),
+        _like(attention_logits, need_logits),
     )
 
 
-def _define(name: str) -> None:
-    LIB.define(f"{name}({_INPUTS}) -> Tensor")
-    LIB.define(
-        f"{name}_backward(Tensor grad_output, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
+def _save_offsets(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    value, *ctx.levels, points, offsets, logits, mask, scale, ctx.returned_weights = inputs
+    # Only what came in: weights and locations are computed again.
+    ctx.save_for_backward(value, points, offsets, logits, mask, scale)
+
+
+def _offsets_gradients(
+    ctx: Any, op: Any, grads: tuple[Tensor, Tensor]
+) -> tuple[Tensor | None, ...]:
+    value, *tensors = ctx.saved_tensors
+    need_value, need_points = ctx.needs_input_grad[0], ctx.needs_input_grad[4:7]
+    grad_output, grad_weights = grads
+    grad_value, *grad_points = op(
+        grad_output,
+        grad_weights if ctx.returned_weights else None,
+        value,
+        *ctx.levels,
+        *tensors,
+        need_value,
+        *need_points,
     )
-    impl(LIB, name, "CompositeExplicitAutograd")(reference.ms_deform_attn)
-    impl(LIB, f"{name}_backward", "CompositeExplicitAutograd")(reference.ms_deform_attn_backward)
-    qualified = f"vitadapter_ops::{name}"
-    register_fake(qualified, _fake_forward, lib=LIB)
-    register_fake(f"{qualified}_backward", _fake_backward, lib=LIB)
-
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        need_value, _, _, need_locations, need_weights = ctx.needs_input_grad
-        value, sampling_locations, attention_weights = ctx.saved_tensors
-        ops = torch.ops.vitadapter_ops
-        op = getattr(ops, f"{name}_backward")
-        if value.is_cuda and torch.are_deterministic_algorithms_enabled():
-            # The CUDA kernel's atomics add in any order; the reference's index_add_ obeys the flag.
-            op = ops.ms_deform_attn_reference_backward
-        grad_value, grad_locations, grad_weights = op(
-            grad_output,
-            value,
-            ctx.spatial_shapes,
-            ctx.level_start_index,
-            sampling_locations,
-            attention_weights,
-            need_value,
-            need_locations,
-            need_weights,
-        )
-        return (
-            grad_value if need_value else None,
-            None,
-            None,
-            grad_locations if need_locations else None,
-            grad_weights if need_weights else None,
-        )
-
-    register_autograd(qualified, backward, setup_context=_setup_context, lib=LIB)
-    register_autograd(f"{qualified}_backward", _no_double_backward, lib=LIB)
+    return (
+        _given(grad_value, need_value),
+        *(None,) * len(ctx.levels),
+        *map(_given, grad_points, need_points),
+        *(None,) * 3,
+    )
 
 
-_define("ms_deform_attn")
-_define("ms_deform_attn_reference")
+_define(
+    "ms_deform_attn_from_offsets",
+    (
+        f"({_OFFSETS}, bool return_weights) -> (Tensor, Tensor)",
+        f"(Tensor grad_output, Tensor? grad_weights, {_OFFSETS}, bool need_value, "
+        "bool need_reference, bool need_offsets, bool need_logits) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+    ),
+    (reference.ms_deform_attn_from_offsets, reference.ms_deform_attn_from_offsets_backward),
+    (_fake_from_offsets, _fake_from_offsets_backward),
+    _save_offsets,
+    _offsets_gradients,
+)

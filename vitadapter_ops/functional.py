@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dispatch
+from .reference import compute_dtype
 
 
 def ms_deform_attn(
@@ -67,7 +68,7 @@ def ms_deform_attn(
         widest = torch.float64
     op = getattr(
         torch.ops.vitadapter_ops,
-        _dispatch.choose(backend, value.device.type, value.dtype, len(sizes)),
+        _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes)),
     )
     return op(
         value,
@@ -76,3 +77,112 @@ def ms_deform_attn(
         sampling_locations.to(widest),
         attention_weights.to(widest),
     )
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: _checks.SpatialShapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    level_start_index: Sequence[int] | Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    points_per_level: Sequence[int] | None = None,
+    offset_scale: float | Tensor | None = None,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-scale deformable attention from what a model's Linear layers produce, in one step.
+
+    Locations, softmax and sampling together (Zhu et al., ICLR 2021, eq. 2 and sec. 4.1). With the
+    points of all levels side by side, K of them, and k one of level l:
+
+        weights[b, q, m] = softmax(attention_logits[b, q, m])                       over all K
+        location_k = reference_xy[b, q, l] + sampling_offsets[b, q, m, k] / (W_l, H_l)
+                  or reference_xy + sampling_offsets * offset_scale[k] * reference_wh  for boxes
+        out[b, q, m] = sum_k weights_k * bilinear(value_l[b, :, m], at location_k)
+
+    Offsets and logits may be fp16 or bf16: they are widened to fp32 in registers, and every
+    location and weight is computed in fp32 (fp64 for fp64) and never stored. Kept for the backward
+    are the arguments alone. Conventions, bitwise repeatability and first-order gradients are as in
+    `ms_deform_attn`; reference_points get a gradient too.
+
+    Args:
+        value: [B, S, M, D], float64, float32, float16 or bfloat16; levels concatenated along S.
+        spatial_shapes: (H, W) of each level in pixels; a tensor [L, 2] costs a synchronisation when
+            it lies on a GPU.
+        reference_points: [B or 1, Q, L or 1, 2]: (x, y) as fractions of the map; or [..., 4]: boxes
+            (x, y, width, height), likewise. Any floating dtype; fp32 is what keeps its accuracy.
+        sampling_offsets: [B, Q, M, K, 2], (x, y), in pixels of the level beside points, and in
+            boxes times offset_scale beside boxes. Any floating dtype (fp64 only with fp64 value),
+            any stride over B and Q.
+        attention_logits: [B, Q, M, K], before the softmax; dtype and strides as sampling_offsets.
+        level_start_index: first pixel of each level along S; None: one level after the other.
+        padding_mask: [B, S] bool, True where value is padding: it reads as zero, whatever is
+            stored, and gets no gradient.
+        points_per_level: how many of the K points belong to each level, L integers; None: K / L.
+        offset_scale: for boxes only: the share of a box's width and height that an offset of 1
+            stands for; one number, or a tensor [K] on value's device with one for each point, which
+            gets no gradient. None: 0.5 / P_l with P_l the level's points, as in Deformable DETR and
+            RT-DETRv2.
+        return_weights: also return the attention weights; gradients flow through them.
+        backend: "auto" takes the first that can run of "cuda", "cpu", "reference".
+
+    Returns:
+        [B, Q, M * D], dtype of value; with return_weights a pair of it and the weights
+        [B, Q, M, K] in the dtype of attention_logits.
+
+    Raises:
+        TypeError: an argument that should be a tensor is none.
+        ValueError: ranks, shapes, dtypes or devices disagree, points_per_level does not add up to
+            K, offset_scale is given without boxes, or no backend has this name; the message names
+            the argument, what was expected and what came.
+        BackendUnavailable: the backend that was asked for cannot run; the message says why.
+        NotImplementedError: second-order gradients were asked for.
+    """
+    for name, tensor in (
+        ("value", value),
+        ("reference_points", reference_points),
+        ("sampling_offsets", sampling_offsets),
+        ("attention_logits", attention_logits),
+    ):
+        _checks.is_tensor(name, tensor)
+    _checks.rank("value", value, "B, S, M, D")
+    batch, pixels = value.shape[:2]
+    sizes, starts = _checks.levels(spatial_shapes, level_start_index, pixels)
+    _checks.ms_deform_attn_from_offsets(
+        value, len(sizes), reference_points, sampling_offsets, attention_logits
+    )
+    total = sampling_offsets.shape[3]
+    counts = _checks.points_per_level(points_per_level, len(sizes), total)
+    if padding_mask is not None:
+        _checks.padding_mask(padding_mask, batch, pixels)
+        _checks.device("padding_mask", padding_mask, value.device, "value")
+    compute = compute_dtype(value.dtype)
+    scale = _checks.offset_scale(offset_scale, reference_points, total, compute)
+    # Kernels take one dtype for both, that of value or of arithmetic; widening loses nothing.
+    dtype = value.dtype
+    if not sampling_offsets.dtype == attention_logits.dtype == dtype:
+        dtype = compute
+    op = getattr(
+        torch.ops.vitadapter_ops,
+        _dispatch.choose(
+            backend, "ms_deform_attn_from_offsets", value.device.type, value.dtype, len(sizes)
+        ),
+    )
+    out, weights = op(
+        value,
+        [side for size in sizes for side in size],
+        starts,
+        counts,
+        reference_points.to(compute),
+        sampling_offsets.to(dtype),
+        attention_logits.to(dtype),
+        padding_mask,
+        scale,
+        return_weights,
+    )
+    if return_weights:
+        return out, weights.to(attention_logits.dtype)
+    return out

@@ -10,8 +10,7 @@ namespace vitadapter::cpu {
 // The points of a tile of queries are placed together, one head at a time: 512 points and their 10
 // numbers stay in L1 beside the pixels that they read.
 inline int64_t tile_queries(const Problem& n) {
-  const int64_t points = n.levels * n.points;
-  const int64_t queries = points >= 512 ? 1 : 512 / (points > 0 ? points : 1);
+  const int64_t queries = n.points >= 512 ? 1 : 512 / (n.points > 0 ? n.points : 1);
   return queries < n.queries ? queries : n.queries;
 }
 
@@ -42,7 +41,7 @@ inline Cut backward_cut(const Problem& n, int64_t threads) {
                        !shared_well(all / heads, threads))) {
     --heads;
   }
-  const int64_t queries = numbers / (heads * (n.channels + 3 * n.levels * n.points));
+  const int64_t queries = numbers / (heads * (n.channels + 3 * n.points));
   return Cut{heads, queries < 1 ? 1 : queries < n.queries ? queries : n.queries};
 }
 
@@ -68,33 +67,50 @@ inline Shares shares(const Problem& n, int64_t threads) {
 
 // Work is handed out in ranges, so that the caller owns the threads. No two tasks write to the same
 // memory, and every sum is taken in an order that the inputs alone decide, however they are cut.
-template <typename value_t, typename loc_t>
+template <typename value_t, typename Points>
 struct Kernels {
-  using Forward = ForwardParams<value_t, loc_t>;
-  using Backward = BackwardParams<value_t, loc_t, value_t>;
+  using Forward = ForwardParams<value_t, Points>;
+  using Backward = BackwardParams<value_t, Points, value_t>;
   // Tasks (b, group, block).
   void (*forward)(const Forward&, Cut, int64_t begin, int64_t end);
-  // Tasks (b, group, block): gradients of locations and weights only.
+  // Tasks (b, group, block): gradients of the points only.
   void (*backward_points)(const Backward&, Cut, int64_t begin, int64_t end);
   // Tasks (b, group, share): the gradient of value; with one share, all gradients.
   void (*backward_value)(const Backward&, Cut, Shares, int64_t begin, int64_t end);
 };
 
+// The kernels of both operators for one pair of dtypes.
+template <typename value_t, typename point_t>
+struct KernelsOf {
+  Kernels<value_t, Located<point_t>> located;
+  Kernels<value_t, Offsets<point_t>> offsets;
+
+  const auto& get(const Located<point_t>*) const { return located; }
+  const auto& get(const Offsets<point_t>*) const { return offsets; }
+};
+
 struct KernelTable {
   const char* isa;
-  Kernels<double, double> f64;
-  Kernels<float, float> f32;
-  Kernels<float16, float16> f16;
-  Kernels<bfloat16, bfloat16> bf16;
-  Kernels<float16, float> f16_f32;
-  Kernels<bfloat16, float> bf16_f32;
+  KernelsOf<double, double> f64;
+  KernelsOf<float, float> f32;
+  KernelsOf<float16, float16> f16;
+  KernelsOf<bfloat16, bfloat16> bf16;
+  KernelsOf<float16, float> f16_f32;
+  KernelsOf<bfloat16, float> bf16_f32;
 
-  const Kernels<double, double>& get(const Kernels<double, double>*) const { return f64; }
-  const Kernels<float, float>& get(const Kernels<float, float>*) const { return f32; }
-  const Kernels<float16, float16>& get(const Kernels<float16, float16>*) const { return f16; }
-  const Kernels<bfloat16, bfloat16>& get(const Kernels<bfloat16, bfloat16>*) const { return bf16; }
-  const Kernels<float16, float>& get(const Kernels<float16, float>*) const { return f16_f32; }
-  const Kernels<bfloat16, float>& get(const Kernels<bfloat16, float>*) const { return bf16_f32; }
+  const auto& pair(const double*, const double*) const { return f64; }
+  const auto& pair(const float*, const float*) const { return f32; }
+  const auto& pair(const float16*, const float16*) const { return f16; }
+  const auto& pair(const bfloat16*, const bfloat16*) const { return bf16; }
+  const auto& pair(const float16*, const float*) const { return f16_f32; }
+  const auto& pair(const bfloat16*, const float*) const { return bf16_f32; }
+
+  template <typename value_t, typename Points>
+  const Kernels<value_t, Points>& get() const {
+    const value_t* value = nullptr;
+    const typename Points::point_t* point = nullptr;
+    return pair(value, point).get(static_cast<const Points*>(nullptr));
+  }
 };
 
 KernelTable baseline_kernels();

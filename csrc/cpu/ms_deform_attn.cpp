@@ -46,14 +46,14 @@ struct Cpu {
   static void run(const Problem& n, int64_t tasks, const Task& task) {
     STD_TORCH_CHECK(n.pixels <= INT32_MAX,
                     "value: the CPU kernels take at most 2^31 - 1 pixels, got ", n.pixels);
-    const int64_t samples = n.rows() * n.levels * n.points * n.channels;
+    const int64_t samples = n.rows() * n.points * n.channels;
     const int64_t grain = kSamplesPerTask * tasks / (samples > 0 ? samples : 1);
     torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, task);
   }
 
-  template <typename value_t, typename loc_t>
-  static void forward(const ForwardParams<value_t, loc_t>& p) {
-    const auto& kernel = kernels().get(static_cast<Kernels<value_t, loc_t>*>(nullptr));
+  template <typename value_t, typename Points>
+  static void forward(const ForwardParams<value_t, Points>& p) {
+    const auto& kernel = kernels().template get<value_t, Points>();
     const Problem& n = p.problem;
     const Cut cut = forward_cut(n);
     advise_huge_pages(p.out, n.rows() * n.channels);
@@ -61,9 +61,9 @@ struct Cpu {
         [&](int64_t begin, int64_t end) { kernel.forward(p, cut, begin, end); });
   }
 
-  template <typename value_t, typename loc_t>
-  static void backward(const BackwardParams<value_t, loc_t, value_t>& p) {
-    const auto& kernel = kernels().get(static_cast<Kernels<value_t, loc_t>*>(nullptr));
+  template <typename value_t, typename Points>
+  static void backward(const BackwardParams<value_t, Points, value_t>& p) {
+    const auto& kernel = kernels().template get<value_t, Points>();
     const Problem& n = p.problem;
     const int64_t threads = torch::stable::get_num_threads();
     // A plane's gradient of value has one owner, or one for each share; the points then get a pass
@@ -72,7 +72,7 @@ struct Cpu {
     const bool whole = share.count() == 1;
     const Cut cut = backward_cut(n, threads);
     const int64_t groups = n.batch * cut.groups(n);
-    if (p.wants_points() && !(whole && p.grad_value != nullptr)) {
+    if (p.grads.any() && !(whole && p.grad_value != nullptr)) {
       run(n, groups * cut.blocks(n),
           [&](int64_t begin, int64_t end) { kernel.backward_points(p, cut, begin, end); });
     }
@@ -88,6 +88,10 @@ struct Cpu {
 }  // namespace vitadapter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_ops, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&vitadapter::launch_forward<vitadapter::cpu::Cpu>));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&vitadapter::launch_backward<vitadapter::cpu::Cpu>));
+  using vitadapter::cpu::Cpu;
+  m.impl("ms_deform_attn", TORCH_BOX(&vitadapter::launch_forward<Cpu>));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&vitadapter::launch_backward<Cpu>));
+  m.impl("ms_deform_attn_from_offsets", TORCH_BOX(&vitadapter::launch_forward_from_offsets<Cpu>));
+  m.impl("ms_deform_attn_from_offsets_backward",
+         TORCH_BOX(&vitadapter::launch_backward_from_offsets<Cpu>));
 }

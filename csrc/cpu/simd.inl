@@ -225,3 +225,68 @@ VITADAPTER_HD Vec<T, 4> sums(const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T
     return Vec<T, 4>{a[0], b[0], c[0], d[0]};
   }
 }
+
+// The largest, or the sum, of all lanes; a NaN in any lane gives a NaN sum.
+template <typename T, int N>
+VITADAPTER_HD T largest(const Vec<T, N>& a) {
+  if constexpr (N == 1) {
+    return a[0];
+  } else {
+    Vec<T, N / 2> half[2];
+    std::memcpy(half, &a, sizeof(a));
+    return largest<T, N / 2>(half[0] > half[1] ? half[0] : half[1]);
+  }
+}
+template <typename T, int N>
+VITADAPTER_HD T sum_of(const Vec<T, N>& a) {
+  if constexpr (N == 1) {
+    return a[0];
+  } else {
+    return sum_of<T, N / 2>(fold<T, N>(a));
+  }
+}
+
+// exp(x) for x <= 0, as softmax needs it; 0 below the smallest normal result, NaN for NaN.
+// x = k ln 2 + r with |r| <= ln(2) / 2; the Taylor series of exp(r) ends where the next term is
+// below a quarter of the last bit.
+template <typename T, int N>
+VITADAPTER_HD Vec<T, N> exp_negative(const Vec<T, N>& x) {
+  constexpr bool wide = sizeof(T) == 8;
+  using Int = std::conditional_t<wide, int64_t, int32_t>;
+  constexpr int mantissa = wide ? 52 : 23, bias = wide ? 1023 : 127, terms = wide ? 14 : 8;
+  constexpr T lowest = wide ? T(-708.0) : T(-87.0);
+  constexpr T log2e = T(1.4426950408889634), ln2_high = wide ? T(0x1.62e42feep-1) : T(0x1.62e4p-1);
+  constexpr T ln2_low = wide ? T(0x1.a39ef35793c76p-33) : T(0x1.7f7d1cp-20);
+  const auto finite = x >= lowest;
+  const Vec<T, N> bounded = finite ? x : Vec<T, N>{};
+  // Adding 1.5 * 2^mantissa leaves the nearest integer in the low bits.
+  constexpr T shifter = wide ? T(0x1.8p52) : T(0x1.8p23);
+  const Vec<T, N> shifted =
+      multiply_add<T, N>(bounded, broadcast<T, N>(log2e), broadcast<T, N>(shifter));
+  const Vec<T, N> k = shifted - shifter;
+  Vec<T, N> r = multiply_add<T, N>(k, broadcast<T, N>(-ln2_high), bounded);
+  r = multiply_add<T, N>(k, broadcast<T, N>(-ln2_low), r);
+  constexpr T inverse_factorials[14] = {T(1),
+                                        T(1),
+                                        T(1) / 2,
+                                        T(1) / 6,
+                                        T(1) / 24,
+                                        T(1) / 120,
+                                        T(1) / 720,
+                                        T(1) / 5040,
+                                        T(1) / 40320,
+                                        T(1) / 362880,
+                                        T(1) / 3628800,
+                                        T(1) / 39916800,
+                                        T(1) / 479001600,
+                                        T(1) / T(6227020800)};
+  Vec<T, N> series = broadcast<T, N>(inverse_factorials[terms - 1]);
+#pragma GCC unroll 14
+  for (int i = terms - 2; i >= 0; --i) {
+    series = multiply_add<T, N>(series, r, broadcast<T, N>(inverse_factorials[i]));
+  }
+  Vec<Int, N> power = __builtin_convertvector(k, Vec<Int, N>) + bias;
+  power = power << mantissa;
+  const Vec<T, N> result = series * reinterpret_cast<Vec<T, N>>(power);
+  return finite ? result : (x < lowest ? Vec<T, N>{} : x);
+}
