@@ -14,6 +14,7 @@ from vitadapter.analysis import counting
 from vitadapter.analysis.counting import PUBLISHED, Cost, count
 from vitadapter.analysis.full_count import SOFTMAX, full_count
 from vitadapter.layers.attention import build_attention
+from vitadapter_ops import ms_deform_attn_from_offsets
 
 # What does not come out, and what does instead; everything else must, to the printed digit.
 DIFFERENT = {
@@ -149,6 +150,16 @@ def test_deformable_sampling_is_counted_in_full_and_free_in_the_paper():
     # Offsets in fractions (divide, add: 2 each per coordinate) and softmax.
     coordinates = samples * 2 * 2 + samples * SOFTMAX
     assert total.total == linears + sampling + points + coordinates
+
+
+def test_fused_sampling_costs_what_its_parts_cost():
+    value = torch.empty(1, 20, 3, 4, device="meta")
+    points = torch.empty(1, 20, 1, 2, device="meta")
+    offsets = torch.empty(1, 20, 3, 4, 2, device="meta")
+    with torch.no_grad(), full_count() as total:
+        ms_deform_attn_from_offsets(value, [(4, 5)], points, offsets, offsets[..., 0])
+    samples = 20 * 3 * 4
+    assert total.total == samples * (4 * 4 + 16) + samples * 2 * 2 + samples * SOFTMAX
 
 
 def test_unknown_operators_are_refused_by_name():

@@ -105,6 +105,13 @@ def _ms_deform_attn(args: Sequence[Any], out: Tensor) -> int:
     return weights.numel() * (DEFORMABLE_POINT + BILINEAR_CHANNEL * int(value.shape[-1]))
 
 
+def _from_offsets(args: Sequence[Any], out: Tensor) -> int:
+    # Offset to a fraction and added to the reference, both for x and y; softmax of the logits.
+    value, logits = args[0], args[6]
+    per_point = 2 * 2 + SOFTMAX + DEFORMABLE_POINT + BILINEAR_CHANNEL * int(value.shape[-1])
+    return logits.numel() * per_point
+
+
 _RULES: dict[str, Rule] = {
     "aten.mm": _matmul,
     "aten.bmm": _matmul,
@@ -118,6 +125,8 @@ _RULES: dict[str, Rule] = {
     "aten.grid_sampler_2d": _grid_sample,
     "vitadapter_ops.ms_deform_attn": _ms_deform_attn,
     "vitadapter_ops.ms_deform_attn_reference": _ms_deform_attn,
+    "vitadapter_ops.ms_deform_attn_from_offsets": _from_offsets,
+    "vitadapter_ops.ms_deform_attn_from_offsets_reference": _from_offsets,
 }
 
 
