@@ -23,6 +23,7 @@ from .backbones.uniperceiver import UniPerceiver
 from .config import COARSEST_STRIDE, NUM_MAPS, AdapterConfig, ModelConfig
 from .layers.attention import build_attention
 from .layers.attention.deformable import reference_points
+from .layers.bilinear import bilinear
 from .layers.interaction import Extractor, Geometry, Injector, Interaction, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
@@ -197,7 +198,7 @@ class ViTAdapter(nn.Module):
         vit_h, vit_w = (side * self.patch_size for side in vit_map.shape[2:])
         stride = self.strides[index]
         if self.vit_multiple == COARSEST_STRIDE or (h * stride, w * stride) == (vit_h, vit_w):
-            return F.interpolate(vit_map, size=(h, w), mode="bilinear", align_corners=False)
+            return bilinear(vit_map, (h, w))
         # The two cover different areas: sample at the centres of the output's pixels.
         points = reference_points([(h, w)], vit_map.device).view(1, h, w, 2)
         points = points * points.new_tensor([w * stride / vit_w, h * stride / vit_h])
