@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -35,6 +38,21 @@ def require_cuda() -> None:
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def require_module() -> Callable[[str], ModuleType]:
+    """Imports an optional package; skips where it is missing, unless it must be there."""
+
+    def require(name: str) -> ModuleType:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            if os.environ.get("REQUIRE_INTEGRATIONS") == "1":
+                pytest.fail(f"REQUIRE_INTEGRATIONS=1, and {name} is not installed")
+            pytest.skip(f"needs {name}")
+
+    return require
 
 
 def _backends() -> list[tuple[str, str]]:

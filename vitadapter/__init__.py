@@ -4,6 +4,17 @@
 from vitadapter_ops import __version__
 
 from .adapter import ViTAdapter
-from .models import create_model, list_models
+from .baseline import ViTBaseline
+from .checkpoints import LoadReport, load_checkpoint
+from .models import create_model, dinov3_options, list_models
 
-__all__ = ["ViTAdapter", "__version__", "create_model", "list_models"]
+__all__ = [
+    "LoadReport",
+    "ViTAdapter",
+    "ViTBaseline",
+    "__version__",
+    "create_model",
+    "dinov3_options",
+    "list_models",
+    "load_checkpoint",
+]

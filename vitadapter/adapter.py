@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,60 +15,119 @@ from torch import Tensor, nn
 
 from vitadapter_ops import MSDeformAttn
 
+from . import images as image_tools
+from .backbones.beit import BEiT
 from .backbones.plain_vit import PlainViT
-from .config import NUM_MAPS, PATCH_SIZE, AdapterConfig
+from .backbones.protocol import Backbone, Grid, Step
+from .backbones.uniperceiver import UniPerceiver
+from .config import COARSEST_STRIDE, NUM_MAPS, AdapterConfig, ModelConfig
 from .layers.attention import build_attention
-from .layers.interaction import Extractor, Injector, Interaction, to_maps, to_tokens
+from .layers.attention.deformable import reference_points
+from .layers.bilinear import bilinear
+from .layers.interaction import Extractor, Geometry, Injector, Interaction, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
+from .layers.upsample import Upsample
 
-_COARSEST_STRIDE = 32
+# What `ViTAdapter` adds to a backbone.
+ADAPTER_PARTS = (*("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4"),)
 
 
-class ViTAdapter(PlainViT):
+class ViTAdapter(nn.Module):
     """Vision Transformer Adapter for dense predictions (Chen et al., ICLR 2023, sec. 3).
 
-    The state_dict has the keys of the released backbones, without their `backbone.` prefix.
-
-    Args:
-        config: all choices; `create_model` fills it from a name.
+    This class is the adapter. `create_model` combines it with a published backbone, such that the
+    state_dict has the keys of the released ones without their `backbone.` prefix; `around` and
+    `from_timm` build it around any other plain vision transformer, whose keys then start with
+    `backbone.`.
 
     Attributes:
-        config: as given.
+        config: all choices.
         embed_dim: channels of each output map.
         strides: strides of the output maps in pixels.
     """
 
     strides = (4, 8, 16, 32)
+    config: AdapterConfig
+    embed_dim: int
+    depth: int
+    patch_size: int
+    num_prefix_tokens: int
+    # To what the ViT's images are padded; the pyramid's always to a multiple of 32.
+    vit_multiple = COARSEST_STRIDE
 
-    def __init__(self, config: AdapterConfig) -> None:
-        super().__init__(
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            patch_size=PATCH_SIZE,
-            pretrain_size=config.pretrain_size,
-            drop_path_rate=config.drop_path_rate,
-            layer_scale=config.layer_scale,
-            window_size=config.window_size,
-            global_blocks=config.global_blocks,
+    @staticmethod
+    def around(backbone: Backbone, *, task: str, **options: Any) -> ViTAdapter:
+        """Builds an adapter around a vision transformer of yours.
+
+        Args:
+            backbone: a module that follows the protocol `vitadapter.backbones.Backbone`. It becomes
+                the submodule `backbone`, unmodified.
+            task: "detection" or "segmentation": where the ViT features of the output come from, see
+                `AdapterConfig`. Windows are the backbone's own business.
+            **options: other fields of `AdapterConfig`. Heads and deform_ratio follow the published
+                sizes: values of 32 channels per head in the larger models.
+
+        Returns:
+            The model in training mode; the adapter's weights are fresh.
+
+        Raises:
+            ValueError: values are unknown, out of range or contradict each other.
+        """
+        return WrappedAdapter(backbone, task=task, **options)
+
+    @staticmethod
+    def from_timm(
+        name: str | nn.Module,
+        *,
+        task: str,
+        pretrained: bool = False,
+        img_size: int | tuple[int, int] | None = None,
+        model_args: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> ViTAdapter:
+        """Builds an adapter around a plain vision transformer of timm.
+
+        The model is used as it is: its own parts run, its state_dict, under `backbone.model.`,
+        stays loadable, and while the injectors' gammas are zero its tokens are bitwise those that
+        timm computes. Images of any size are padded to whole patches for it.
+
+        Args:
+            name: the model's name in timm, for example "vit_base_patch14_reg4_dinov2.lvd142m"; or a
+                model that timm made, with dynamic_img_size=True if it has that argument.
+            task: as in `around`.
+            pretrained: load timm's weights.
+            img_size: for models of one image size, such as BEiT; None: the size timm gives them.
+            model_args: further arguments for timm.create_model.
+            **options: other fields of `AdapterConfig`, and `components="spm+extractor"` for a ViT
+                that is not to be touched.
+
+        Returns:
+            The model in training mode; the adapter's weights are fresh.
+
+        Raises:
+            ModuleNotFoundError: timm is not installed.
+            ValueError: timm's model is not a plain vision transformer, or options are wrong.
+        """
+        from .backbones.timm import TimmViT
+
+        backbone = TimmViT(
+            name, pretrained=pretrained, img_size=img_size, model_args=model_args or {}
         )
-        dim = config.embed_dim
-        self.config = config
-        self.embed_dim = dim
-        self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPriorModule(config.conv_inplane, dim)
-        last = config.num_interactions - 1
-        self.interactions = nn.ModuleList(
-            _build_interaction(config, extra_extractors=2 if index == last else 0)
-            for index in range(config.num_interactions)
-        )
-        self.up = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
-        self.norm1 = nn.BatchNorm2d(dim)
-        self.norm2 = nn.BatchNorm2d(dim)
-        self.norm3 = nn.BatchNorm2d(dim)
-        self.norm4 = nn.BatchNorm2d(dim)
-        self._init_adapter()
+        return WrappedAdapter(backbone, task=task, **options)
+
+    def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
+        """Tokens, grid and blocks of the backbone, see `Backbone`."""
+        raise NotImplementedError
+
+    def _tap_norm(self) -> Step | None:
+        """The ViT's final norm, where the configuration asks for it."""
+        return None
+
+    def vit_parameters(self) -> Iterator[nn.Parameter]:
+        """The backbone's own parameters, without the adapter's."""
+        for name, parameter in self.named_parameters():
+            if name.partition(".")[0] not in ADAPTER_PARTS:
+                yield parameter
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the feature pyramid.
@@ -76,61 +137,245 @@ class ViTAdapter(PlainViT):
         therefore depends on the padding, and in training mode so do the batch statistics.
 
         Args:
-            images: [B, 3, H, W], floating point, normalised as in pre-training; any H, W >= 1.
+            images: [B, 3, H, W], floating point, normalised as in pre-training; any H, W of at
+                least one patch. BEiT for segmentation serves one size.
 
         Returns:
             Four maps [B, embed_dim, ceil(H/s), ceil(W/s)] with strides s = 4, 8, 16, 32.
 
         Raises:
-            ValueError: images has another rank, number of channels or an integer dtype, or is
-                empty.
+            ValueError: images has another rank, number of channels, an integer dtype, fewer pixels
+                than one patch, or a size that the backbone does not serve.
         """
-        _check_images(images)
-        height, width = images.shape[-2:]
-        rows, columns = _ceil_div(height, _COARSEST_STRIDE), _ceil_div(width, _COARSEST_STRIDE)
-        pad = (0, columns * _COARSEST_STRIDE - width, 0, rows * _COARSEST_STRIDE - height)
-        images = F.pad(images, pad)
+        image_tools.check(images, self.patch_size)
+        padded = image_tools.pad(images, COARSEST_STRIDE)
+        vit_images = padded
+        if self.vit_multiple != COARSEST_STRIDE:
+            vit_images = image_tools.pad(images, self.vit_multiple)
 
-        c1, *pyramid = self.spm(images)
-        c_shapes = [(level.shape[2], level.shape[3]) for level in pyramid]
+        c1, *pyramid = self.spm(padded)
         embeddings = self.level_embed.unbind(0)
         c = to_tokens([p + e[:, None, None] for p, e in zip(pyramid, embeddings, strict=True)])
-        x, x_shape = self.tokenize(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+            x, x_shape, steps = self.start(vit_images)
+        geometry = self._geometry(padded, pyramid, vit_images, x_shape)
 
         vit_tokens = []  # after each interaction
-        step = self.config.blocks_per_interaction
-        for index, interaction in enumerate(self.interactions):
-            blocks = [self.blocks[index * step + offset] for offset in range(step)]
-            x, c = interaction(x, c, blocks, x_shape, c_shapes)
-            vit_tokens.append(x)
+        prefix = self.num_prefix_tokens
+        for blocks, interaction in zip(self.config.ranges, self.interactions, strict=True):
+            own_steps = [steps[index] for index in blocks]
+            x, c, tap = interaction(x, c, own_steps, geometry, prefix, self._tap_norm())
+            vit_tokens.append(tap)
 
-        c2, c3, c4 = to_maps(c, c_shapes)
+        c2, c3, c4 = to_maps(c, geometry.c_shapes)
         maps = [c1 + self.up(c2), c2, c3, c4]
         if self.config.add_vit_feature:
-            if self.config.task == "detection":
-                vit_tokens = [x] * NUM_MAPS
+            if not self.config.takes_each_interaction:
+                vit_tokens = [vit_tokens[-1]] * NUM_MAPS
             for index, tokens in enumerate(vit_tokens):
                 (vit_map,) = to_maps(tokens, [x_shape])
-                maps[index] = maps[index] + _resize(vit_map, maps[index])
+                maps[index] = maps[index] + self._resize(vit_map, maps[index], index)
 
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
-        f1, f2, f3, f4 = (
-            norm(m)[:, :, : _ceil_div(height, stride), : _ceil_div(width, stride)]
-            for norm, m, stride in zip(norms, maps, self.strides, strict=True)
-        )
-        return f1, f2, f3, f4
+        maps = [norm(m) for norm, m in zip(norms, maps, strict=True)]
+        return image_tools.crop(maps, self.strides, images)
 
-    def _init_adapter(self) -> None:
+    def _geometry(
+        self, padded: Tensor, pyramid: Sequence[Tensor], vit_images: Tensor, x_shape: Grid
+    ) -> Geometry:
+        c_shapes = [(level.shape[2], level.shape[3]) for level in pyramid]
+        x_points = reference_points([x_shape], padded.device)
+        c_points = reference_points(c_shapes, padded.device)
+        if self.vit_multiple != COARSEST_STRIDE:
+            sides = [float(vit_images.shape[axis]) / float(padded.shape[axis]) for axis in (3, 2)]
+            scale = x_points.new_tensor(sides)
+            x_points, c_points = x_points * scale, c_points / scale
+        return Geometry(x_shape, c_shapes, x_points, c_points)
+
+    def _resize(self, vit_map: Tensor, like: Tensor, index: int) -> Tensor:
+        """Resizes the ViT's map bilinearly to the grid of output `index`, edges repeated."""
+        h, w = like.shape[2], like.shape[3]
+        vit_h, vit_w = (side * self.patch_size for side in vit_map.shape[2:])
+        stride = self.strides[index]
+        if self.vit_multiple == COARSEST_STRIDE or (h * stride, w * stride) == (vit_h, vit_w):
+            return bilinear(vit_map, (h, w))
+        # The two cover different areas: sample at the centres of the output's pixels.
+        points = reference_points([(h, w)], vit_map.device).view(1, h, w, 2)
+        points = points * points.new_tensor([w * stride / vit_w, h * stride / vit_h])
+        grid = (2 * points - 1).to(vit_map.dtype).expand(vit_map.shape[0], -1, -1, -1)
+        return F.grid_sample(vit_map, grid, padding_mode="border", align_corners=False)
+
+    def _add_adapter(self, config: AdapterConfig) -> None:
+        """Makes everything besides the backbone; the last step of a subclass's constructor."""
+        if not config.is_adapter:
+            raise ValueError(
+                'components, num_interactions: expected "full" or "spm+extractor" with at least '
+                f"one interaction, got {config.components!r}, {config.num_interactions}; "
+                "create_model builds the others as ViTBaseline"
+            )
+        dim = config.embed_dim
+        self.config = config
+        self.level_embed = nn.Parameter(torch.zeros(3, dim))
+        self.spm = SpatialPriorModule(config.conv_inplane, dim)
+        self.interactions = build_interactions(config)
+        self.up = Upsample(dim)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm3 = nn.BatchNorm2d(dim)
+        self.norm4 = nn.BatchNorm2d(dim)
         nn.init.normal_(self.level_embed)
-        for part in (self.spm, self.interactions, self.up):
-            part.apply(_init_layer)
-        # Deformable attention has its own rule; it comes last because _init_layer touched it.
-        for module in self.interactions.modules():
-            if isinstance(module, MSDeformAttn):
-                module._reset_parameters()
+        init_adapter(self.spm, self.interactions, self.up)
+        if config.freeze_backbone:
+            injectors = [m for m in self.interactions.modules() if isinstance(m, Injector)]
+            parameters = [p for injector in injectors for p in injector.parameters()]
+            for parameter in (*self.vit_parameters(), *parameters):
+                parameter.requires_grad_(False)
+            self.train(self.training)
+
+    def train(self, mode: bool = True) -> ViTAdapter:
+        """Sets the mode; a frozen backbone stays in inference mode."""
+        super().train(mode)
+        if mode and self.config.freeze_backbone:
+            for name, child in self.named_children():
+                if name not in ADAPTER_PARTS:
+                    child.eval()
+        return self
 
 
-def _build_interaction(config: AdapterConfig, extra_extractors: int) -> Interaction:
+class PlainViTAdapter(PlainViT, ViTAdapter):
+    """The adapter with DeiT's and AugReg's ViT.
+
+    Args:
+        config: all choices; `create_model` fills it from a name.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(**plain_vit_arguments(config))
+        self._add_adapter(config)
+
+
+class BEiTAdapter(BEiT, ViTAdapter):
+    """The adapter with BEiT or BEiTv2.
+
+    Args:
+        config: all choices; `create_model` fills it from a name.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(**beit_arguments(config))
+        self._add_adapter(config)
+
+
+class UniPerceiverAdapter(UniPerceiver, ViTAdapter):
+    """The adapter with Uni-Perceiver's image encoder.
+
+    Args:
+        config: all choices; `create_model` fills it from a name.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            patch_size=config.patch_size,
+            pretrain_size=config.pretrain_size,
+            drop_path_rate=config.drop_path_rate,
+            window_size=config.window_size,
+            global_blocks=config.global_blocks,
+        )
+        self._add_adapter(config)
+
+
+class WrappedAdapter(ViTAdapter):
+    """The adapter around a separate module, see `ViTAdapter.around`."""
+
+    def __init__(self, backbone: Backbone, *, task: str, **options: Any) -> None:
+        super().__init__()
+        dim = backbone.embed_dim
+        ratio = options.pop("deform_ratio", 1.0 if dim <= 384 else 0.5)
+        values = {
+            "adapter_heads": 6 if dim <= 384 else max(int(dim * ratio) // 32, 1),
+            "drop_path_rate": 0.0,
+            **options,
+        }
+        config = make_config(
+            AdapterConfig,
+            task=task,
+            embed_dim=dim,
+            depth=backbone.depth,
+            patch_size=backbone.patch_size,
+            deform_ratio=ratio,
+            **values,
+        )
+        if config.norm_taps and getattr(backbone, "norm", None) is None:
+            raise ValueError("norm_taps: expected a backbone with a final norm, got one without")
+        self.backbone = backbone
+        self.embed_dim = dim
+        self.depth = backbone.depth
+        self.patch_size = backbone.patch_size
+        self.num_prefix_tokens = backbone.num_prefix_tokens
+        self.vit_multiple = backbone.patch_size
+        self._add_adapter(config)
+
+    def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
+        """Tokens, grid and blocks of the backbone, see `Backbone`."""
+        return self.backbone.start(images)
+
+    def _tap_norm(self) -> Step | None:
+        backbone: Any = self.backbone
+        return backbone.norm if self.config.norm_taps else None
+
+
+def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Arguments for `PlainViT`."""
+    return {
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "patch_size": config.patch_size,
+        "pretrain_size": config.pretrain_size,
+        "drop_path_rate": config.drop_path_rate,
+        "layer_scale": config.layer_scale,
+        "window_size": config.window_size,
+        "global_blocks": config.global_blocks,
+    }
+
+
+def beit_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Arguments for `BEiT`."""
+    return {
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "patch_size": config.patch_size,
+        "drop_path_rate": config.drop_path_rate,
+        "window_sizes": config.beit_windows,
+        "img_size": config.image_side,
+    }
+
+
+def make_config(kind: Any, **values: Any) -> Any:
+    """Builds a configuration from values, of which the names may be wrong.
+
+    Raises:
+        ValueError: a name is no field; the message lists the fields. Or as the configuration does.
+    """
+    valid = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(values.keys() - valid)
+    if unknown:
+        raise ValueError(
+            f"overrides: expected fields of the configuration ({', '.join(sorted(valid))}), "
+            f"got {', '.join(unknown)}"
+        )
+    return kind(**values)
+
+
+def build_interactions(config: AdapterConfig) -> nn.ModuleList:
+    """The interactions, fresh; without extractors where the components have none."""
     options: dict[str, Any] = {}
     if config.attention == "deformable":
         options = {"n_points": config.n_points, "ratio": config.deform_ratio}
@@ -139,21 +384,45 @@ def _build_interaction(config: AdapterConfig, extra_extractors: int) -> Interact
     attention = partial(
         build_attention, config.attention, config.embed_dim, config.adapter_heads, **options
     )
+    hidden = int(config.embed_dim * config.cffn_ratio) if config.with_cffn else None
 
-    def extractor() -> Extractor:
-        hidden = int(config.embed_dim * config.cffn_ratio) if config.with_cffn else None
-        return Extractor(config.embed_dim, attention, hidden, config.drop_path_rate)
+    def injector() -> Injector | None:
+        if config.components not in ("full", "spm+injector"):
+            return None
+        return Injector(config.embed_dim, attention, config.injector_init, config.norm_eps)
 
-    return Interaction(
-        Injector(config.embed_dim, attention, config.injector_init),
-        extractor(),
-        [extractor() for _ in range(extra_extractors if config.use_extra_extractor else 0)],
-        with_cp=config.with_cp,
+    def extractors(number: int) -> list[Extractor]:
+        if not config.is_adapter:
+            return []
+        return [
+            Extractor(config.embed_dim, attention, hidden, config.drop_path_rate, config.norm_eps)
+            for _ in range(number)
+        ]
+
+    last = len(config.ranges) - 1
+    return nn.ModuleList(
+        Interaction(
+            injector(),
+            next(iter(extractors(1)), None),
+            extractors(2 if index == last and config.use_extra_extractor else 0),
+            freeze_vit=config.freeze_backbone,
+            with_cp=config.with_cp,
+        )
+        for index in range(len(config.ranges))
     )
 
 
+def init_adapter(*parts: nn.Module) -> None:
+    """The published initialisation; norms keep their default of weight 1, bias 0."""
+    for part in parts:
+        part.apply(_init_layer)
+        # Deformable attention has its own rule; it comes last because _init_layer touched it.
+        for module in part.modules():
+            if isinstance(module, MSDeformAttn):
+                module._reset_parameters()
+
+
 def _init_layer(module: nn.Module) -> None:
-    """The published initialisation of the adapter; norms keep their default of weight 1, bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -163,24 +432,3 @@ def _init_layer(module: nn.Module) -> None:
         return
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _ceil_div(size: int, stride: int) -> int:
-    # Not -(-size // stride): with symbolic sizes torch.compile simplifies this form far faster.
-    return (size + stride - 1) // stride
-
-
-def _resize(x: Tensor, like: Tensor) -> Tensor:
-    size = (like.shape[2], like.shape[3])
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dim() != 4:
-        raise ValueError(f"images: expected [B, 3, H, W], got shape {list(images.shape)}")
-    if images.shape[1] != 3:
-        raise ValueError(f"images: expected 3 channels in [B, 3, H, W], got {images.shape[1]}")
-    if not images.is_floating_point():
-        raise ValueError(f"images: expected a floating-point dtype, got {images.dtype}")
-    if images.shape[2] < 1 or images.shape[3] < 1:
-        raise ValueError(f"images: expected H, W >= 1, got shape {list(images.shape)}")

@@ -1,49 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that defines one ViT-Adapter, checked once."""
+"""Everything that defines one model, checked once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .layers.attention import ATTENTIONS
 
 PATCH_SIZE = 16
-TASKS = ("detection", "segmentation")
+COARSEST_STRIDE = 32
 NUM_MAPS = 4
+TASKS = ("detection", "segmentation")
+FAMILIES = ("plain_vit", "beit", "uniperceiver")
+# spm: the spatial prior is added to the plain ViT's maps; spm+injector: and injected into the ViT;
+# spm+extractor: the adapter without injectors; full: the adapter.
+COMPONENTS = ("full", "spm+extractor", "spm+injector", "spm")
+FEATURE_RULES = ("new", "old")
 _POSITIVE = (
-    *("embed_dim", "depth", "num_heads", "adapter_heads", "pretrain_size", "num_interactions"),
+    *("embed_dim", "depth", "num_heads", "adapter_heads", "pretrain_size", "patch_size"),
     *("n_points", "window_size", "conv_inplane", "deform_ratio", "mlp_ratio", "cffn_ratio"),
+    *("norm_eps",),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """One ViT-Adapter (paper sec. 3 and appendix A; names as in the published configurations).
+    """An adapter for any backbone (paper sec. 3; names as in the published configurations).
 
     Attributes:
-        task: "detection" (14x14 windows in most ViT blocks, ViT features of the last block) or
-            "segmentation" (global attention, ViT features after each of the four interactions).
+        task: "detection" or "segmentation"; chooses the feature rule here, and windows in the
+            published backbones.
         embed_dim: token width D of the ViT, and channels of the four output maps.
         depth: number of ViT blocks.
-        num_heads: heads of the ViT's self-attention.
         adapter_heads: heads of the attention inside injectors and extractors.
-        pretrain_size: side of the square pre-training image in pixels; sets the position grid.
         drop_path_rate: stochastic depth: rises linearly to this value over the ViT blocks, and
             applies in full to the ConvFFN of every extractor.
+        patch_size: side of the ViT's patches in pixels.
         attention: the adapter's attention: "deformable", "dense", "cswin" or "pale".
-        num_interactions: equal shares into which the ViT blocks are divided.
+        components: "full", or a part of it: "spm+extractor" has no injectors; "spm+injector" and
+            "spm" (paper table 6) have no extractors, see `ViTBaseline`.
+        num_interactions: equal shares into which the ViT blocks are divided; 0: a plain ViT.
+        interaction_indexes: first and last block of each interaction, where shares are not equal.
         n_points: sampling points per head and level (deformable attention only).
         deform_ratio: value width relative to embed_dim (deformable attention only).
         naive_attention: form the whole attention matrix explicitly (dense attention only).
-        mlp_ratio: hidden width of the ViT's MLP relative to embed_dim.
-        layer_scale: scale each ViT branch by a learned vector that starts at 1.
-        window_size: side of the detection windows in tokens.
         conv_inplane: width of the spatial prior module's stem.
         with_cffn: give each extractor a ConvFFN.
         cffn_ratio: hidden width of the ConvFFN relative to embed_dim.
         injector_init: initial value of the injectors' gamma; 0 makes them identities.
         use_extra_extractor: two more extractors after the last interaction.
         add_vit_feature: add the ViT's tokens to the four maps.
+        feature_rule: which tokens: "new", all four maps get those of the last block; "old", map i
+            gets those after interaction i, of which there must be four. None: "new" for detection,
+            "old" for segmentation.
+        norm_taps: what extractors and maps get of the ViT's tokens first goes through the ViT's own
+            final norm.
+        norm_eps: of the adapter's layer norms.
+        freeze_backbone: the ViT and the injectors run without gradients, the ViT in inference mode.
         with_cp: recompute activations in the backward pass (activation checkpointing).
 
     Raises:
@@ -53,45 +67,45 @@ class AdapterConfig:
     task: str
     embed_dim: int
     depth: int
-    num_heads: int
     adapter_heads: int
-    pretrain_size: int
     drop_path_rate: float
+    patch_size: int = PATCH_SIZE
     attention: str = "deformable"
+    components: str = "full"
     num_interactions: int = NUM_MAPS
+    interaction_indexes: Sequence[Sequence[int]] | None = None
     n_points: int = 4
     deform_ratio: float = 1.0
     naive_attention: bool = False
-    mlp_ratio: float = 4.0
-    layer_scale: bool = True
-    window_size: int = 14
     conv_inplane: int = 64
     with_cffn: bool = True
     cffn_ratio: float = 0.25
     injector_init: float = 0.0
     use_extra_extractor: bool = True
     add_vit_feature: bool = True
+    feature_rule: str | None = None
+    norm_taps: bool = False
+    norm_eps: float = 1e-6
+    freeze_backbone: bool = False
     with_cp: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("task", self.task, TASKS)
-        _one_of("attention", self.attention, tuple(ATTENTIONS))
+        one_of("task", self.task, TASKS)
+        one_of("attention", self.attention, tuple(ATTENTIONS))
+        one_of("components", self.components, COMPONENTS)
+        if self.feature_rule is not None:
+            one_of("feature_rule", self.feature_rule, FEATURE_RULES)
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
+            if not getattr(self, name, 1) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
         for name in ("num_heads", "adapter_heads"):
-            if self.embed_dim % getattr(self, name):
+            heads = getattr(self, name, 1)
+            if self.embed_dim % heads:
                 raise ValueError(
-                    f"{name}: expected a divisor of embed_dim = {self.embed_dim}, "
-                    f"got {getattr(self, name)}"
+                    f"{name}: expected a divisor of embed_dim = {self.embed_dim}, got {heads}"
                 )
-        if self.pretrain_size % PATCH_SIZE:
-            raise ValueError(
-                f"pretrain_size: expected a multiple of the patch size {PATCH_SIZE}, "
-                f"got {self.pretrain_size}"
-            )
         if self.naive_attention and self.attention != "dense":
             raise ValueError(
                 'naive_attention: expected attention="dense" beside it, '
@@ -100,38 +114,167 @@ class AdapterConfig:
         self._check_interactions()
 
     def _check_interactions(self) -> None:
-        if self.depth % self.num_interactions:
+        if self.interaction_indexes is not None:
+            self._check_indexes(self.interaction_indexes)
+        elif self.num_interactions < 0 or (
+            self.num_interactions and self.depth % self.num_interactions
+        ):
             raise ValueError(
-                f"num_interactions: expected a divisor of depth = {self.depth}, "
+                f"num_interactions: expected 0 or a divisor of depth = {self.depth}, "
                 f"got {self.num_interactions}"
             )
-        if self.task == "detection":
-            if self.depth % NUM_MAPS:
+        if self.is_adapter and self.add_vit_feature and self.takes_each_interaction:
+            number = len(self.ranges)
+            if number != NUM_MAPS:
                 raise ValueError(
-                    f"depth: expected a multiple of {NUM_MAPS} for detection, where every "
-                    f"(depth / {NUM_MAPS})-th block attends globally, got {self.depth}"
+                    f"num_interactions: expected {NUM_MAPS} for segmentation (feature_rule "
+                    f'"old"), where map i receives the ViT\'s tokens after interaction i, got '
+                    f'{number}; use feature_rule="new" or add_vit_feature=False'
                 )
-        elif self.add_vit_feature and self.num_interactions != NUM_MAPS:
+
+    def _check_indexes(self, indexes: Sequence[Sequence[int]]) -> None:
+        expected = 0
+        for pair in indexes:
+            if len(pair) != 2 or pair[0] != expected or pair[1] < pair[0]:
+                break
+            expected = pair[1] + 1
+        else:
+            if expected == self.depth:
+                return
+        raise ValueError(
+            "interaction_indexes: expected pairs (first, last) that cover the blocks "
+            f"0 to {self.depth - 1} one after the other, got {list(indexes)}"
+        )
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether there are extractors; without them the model is a `ViTBaseline`."""
+        return self.components in ("full", "spm+extractor") and bool(self.ranges)
+
+    @property
+    def ranges(self) -> list[range]:
+        """The ViT blocks of each interaction."""
+        if self.interaction_indexes is not None:
+            return [range(first, last + 1) for first, last in self.interaction_indexes]
+        if self.num_interactions == 0:
+            return []
+        step = self.depth // self.num_interactions
+        return [range(first, first + step) for first in range(0, self.depth, step)]
+
+    @property
+    def takes_each_interaction(self) -> bool:
+        """Whether map i gets the ViT's tokens after interaction i, and not all the last ones."""
+        rule = self.feature_rule or ("new" if self.task == "detection" else "old")
+        return rule == "old"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(AdapterConfig):
+    """An adapter and one of the published backbones (paper appendix A).
+
+    Attributes:
+        family: "plain_vit", "beit" or "uniperceiver".
+        num_heads: heads of the ViT's self-attention.
+        pretrain_size: side of the square pre-training image in pixels; sets the position grid.
+        mlp_ratio: hidden width of the ViT's MLP relative to embed_dim.
+        layer_scale: scale each ViT branch by a learned vector (plain_vit only: the others have it).
+        window_size: side of the detection windows in tokens.
+        img_size: side of the images in pixels, for BEiT segmentation, which serves one size; None
+            for all others, which take any size.
+        residual_blocks: a convolutional residual block after every (depth / 4)-th block (ViTDet).
+
+    Raises:
+        ValueError: a value is out of range or contradicts another; the message names both.
+    """
+
+    family: str
+    num_heads: int
+    pretrain_size: int
+    mlp_ratio: float = 4.0
+    layer_scale: bool = True
+    window_size: int = 14
+    img_size: int | None = None
+    residual_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("family", self.family, FAMILIES)
+        super().__post_init__()
+        if self.pretrain_size % self.patch_size:
             raise ValueError(
-                f"num_interactions: expected {NUM_MAPS} for segmentation, where map i receives the "
-                f"ViT's tokens after interaction i, got {self.num_interactions}; "
-                'use task="detection" or add_vit_feature=False'
+                f"pretrain_size: expected a multiple of the patch size {self.patch_size}, "
+                f"got {self.pretrain_size}"
+            )
+        if self.patch_size != PATCH_SIZE:
+            raise ValueError(
+                f"patch_size: expected {PATCH_SIZE} for the published backbones, got "
+                f"{self.patch_size}; ViTAdapter.from_timm takes others"
+            )
+        if not self.is_adapter and self.family == "uniperceiver":
+            raise ValueError(
+                "components, num_interactions: expected an adapter with extractors around "
+                f"uniperceiver, got {self.components!r}, {self.num_interactions}"
+            )
+        if self.norm_taps:
+            raise ValueError(
+                f"norm_taps: expected False for {self.family}, which has no final norm, got True"
+            )
+        if not self.layer_scale and self.family != "plain_vit":
+            raise ValueError(f"layer_scale: expected True for {self.family}, got False")
+        if self.depth % NUM_MAPS and (self.task == "detection" or not self.is_adapter):
+            raise ValueError(
+                f"depth: expected a multiple of {NUM_MAPS} for detection and for a plain ViT, "
+                f"where every (depth / {NUM_MAPS})-th block is special, got {self.depth}"
+            )
+        if self.serves_one_size:
+            if self.image_side < COARSEST_STRIDE or self.image_side % COARSEST_STRIDE:
+                raise ValueError(
+                    f"img_size: expected a multiple of {COARSEST_STRIDE} (published: 480, 512, "
+                    f"640, 896; for a patch of 16, the position biases serve one square of "
+                    f"tokens), got {self.img_size}"
+                )
+        elif self.img_size is not None:
+            raise ValueError(
+                f"img_size: expected None, this model takes images of any size (only BEiT for "
+                f"segmentation serves a single one), got {self.img_size}"
             )
 
     @property
-    def blocks_per_interaction(self) -> int:
-        """ViT blocks between an injector and the extractor after it."""
-        return self.depth // self.num_interactions
+    def serves_one_size(self) -> bool:
+        """Whether the model takes images of img_size only."""
+        return self.family == "beit" and self.task == "segmentation"
+
+    @property
+    def image_side(self) -> int:
+        """img_size, or 512, the crop of most published segmentation models."""
+        return 512 if self.img_size is None else self.img_size
+
+    @property
+    def last_blocks(self) -> list[int]:
+        """Last ViT block of each quarter."""
+        share = self.depth // NUM_MAPS
+        return list(range(share - 1, self.depth, share))
 
     @property
     def global_blocks(self) -> frozenset[int]:
         """Indices of the ViT blocks that attend globally."""
+        return frozenset(range(self.depth) if self.task == "segmentation" else self.last_blocks)
+
+    @property
+    def beit_windows(self) -> list[int] | None:
+        """Side of the windows of BEiT's blocks; None: global attention.
+
+        For detection no block is global: its biases would need a fixed image size. Windows of four
+        times the side approximate it (appendix A.1).
+        """
         if self.task == "segmentation":
-            return frozenset(range(self.depth))
-        share = self.depth // NUM_MAPS
-        return frozenset(range(share - 1, self.depth, share))
+            return None
+        return [
+            4 * self.window_size if index in self.global_blocks else self.window_size
+            for index in range(self.depth)
+        ]
 
 
-def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `valid`."""
     if value not in valid:
         raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")

@@ -22,7 +22,7 @@ def _images(height: int = 64, width: int = 96, batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-@pytest.mark.parametrize("size", [(64, 96), (70, 101), (33, 200), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(64, 96), (70, 101), (33, 200), (16, 16)], ids=str)
 def test_maps_have_strides_4_to_32_for_any_image_size(build, attention, task, size):
     model = build(task, attention=attention).eval()
     with torch.no_grad():
@@ -223,9 +223,10 @@ def test_one_compiled_graph_serves_several_image_sizes(build, attention):
         (torch.zeros(3, 64, 64), r"images: expected \[B, 3, H, W\], got shape \[3, 64, 64\]"),
         (torch.zeros(1, 4, 64, 64), "images: expected 3 channels in .*, got 4"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "images: expected a floating-.*torch.uint8"),
-        (torch.zeros(1, 3, 0, 8), r"images: expected H, W >= 1, got shape \[1, 3, 0, 8\]"),
+        (torch.zeros(1, 3, 0, 32), r"images: expected H, W >= 16 .*got shape \[1, 3, 0, 32\]"),
+        (torch.zeros(1, 3, 32, 15), r"images: expected H, W >= 16 .*got shape \[1, 3, 32, 15\]"),
     ],
-    ids=["rank", "channels", "dtype", "empty"],
+    ids=["rank", "channels", "dtype", "empty", "less than a patch"],
 )
 def test_bad_images_are_refused_by_name(build, images, message):
     with pytest.raises(ValueError, match=message):

@@ -8,10 +8,28 @@ import torch
 
 import vitadapter
 
+SIZES = ("tiny", "small", "base", "large")
 
-def test_list_models_names_the_four_published_sizes():
-    sizes = ("tiny", "small", "base", "large")
-    assert vitadapter.list_models() == [f"vit_adapter_{size}" for size in sizes]
+
+def test_list_models_names_every_published_model():
+    expected = {f"vit_adapter_{size}" for size in SIZES}
+    expected |= {f"{name}_{size}" for name in ("vit", "vitdet") for size in SIZES}
+    expected |= {"vit_adapter_base_light", "vit_adapter_large_light", "beit_base", "beit_large"}
+    expected |= {
+        f"{name}_adapter_{size}" for name in ("beit", "uniperceiver") for size in ("base", "large")
+    }
+    assert set(vitadapter.list_models()) == expected
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("name", vitadapter.list_models())
+def test_every_model_gives_four_maps(name, task):
+    with torch.device("meta"):
+        model = vitadapter.create_model(name, task=task).eval()
+        maps = model(torch.empty(1, 3, 512, 512))
+    assert [tuple(m.shape) for m in maps] == [
+        (1, model.embed_dim, 512 // stride, 512 // stride) for stride in model.strides
+    ]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +39,8 @@ def test_list_models_names_the_four_published_sizes():
         ("vit_adapter_small", 0.2, 14),
         ("vit_adapter_base", 0.3, 14),
         ("vit_adapter_large", 0.4, 24),
+        ("vit_small", 0.1, 14),
+        ("vitdet_large", 0.4, 24),
     ],
 )
 def test_defaults_are_the_published_ones(name, rate, grid):
@@ -53,6 +73,49 @@ def test_light_variant_runs(build):
     assert not any("ffn" in key or "extra_" in key for key in model.state_dict())
 
 
+def test_light_models_leave_out_what_was_published():
+    with torch.device("meta"):
+        base = vitadapter.create_model("vit_adapter_base_light", task="segmentation")
+        large = vitadapter.create_model("vit_adapter_large_light", task="segmentation")
+    assert len(base.interactions) == 1
+    assert base.interactions[0].extractor.ffn is None
+    assert not base.config.add_vit_feature
+    assert len(large.interactions) == 4
+    assert large.interactions[0].extractor.attn.value_proj.out_features == 256
+    for model in (base, large):
+        assert not any("extra_extractors" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("components", ["spm", "spm+injector", "spm+extractor"])
+def test_components_leave_out_parts(build, components):
+    model = build("detection", components=components, embed_dim=96)
+    keys = "\n".join(model.state_dict())
+    assert ("injector" in keys) == ("injector" in components)
+    assert ("extractor" in keys) == ("extractor" in components)
+    assert "spm.fc1" in keys
+    maps = model(torch.randn(2, 3, 64, 96))
+    assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    sum(m.square().mean() for m in maps).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_no_interaction_is_the_plain_vit():
+    with torch.device("meta"):
+        none = vitadapter.create_model("vit_adapter_small", task="detection", num_interactions=0)
+        plain = vitadapter.create_model("vit_small", task="detection")
+    assert list(none.state_dict()) == list(plain.state_dict())
+
+
+def test_feature_rule_frees_segmentation_from_four_interactions(build):
+    assert len(build(num_interactions=2, feature_rule="new")(torch.randn(2, 3, 32, 32))) == 4
+
+
+def test_interactions_may_have_unequal_shares(build):
+    model = build("detection", interaction_indexes=[[0, 0], [1, 3]])
+    assert [len(blocks) for blocks in model.config.ranges] == [1, 3]
+    assert len(model(torch.randn(2, 3, 32, 32))) == 4
+
+
 def test_naive_attention_gives_the_same_maps(build):
     fused = build(attention="dense").double().eval()
     naive = build(attention="dense", naive_attention=True).double().eval()
@@ -76,12 +139,20 @@ def test_detection_takes_any_divisor_of_the_depth(build, num_interactions):
         ({"attention": "global"}, "attention: expected one of deformable, dense, cswin, pale"),
         ({"task": "depth"}, "task: expected one of detection, segmentation, got 'depth'"),
         ({"colour": 1}, "overrides: .*cffn_ratio.*with_cp.*got colour"),
-        ({"num_interactions": 3}, "num_interactions: expected a divisor of depth = 4, got 3"),
+        ({"num_interactions": 3}, "num_interactions: expected 0 or a divisor of depth = 4, got 3"),
         ({"num_interactions": 2}, "num_interactions: expected 4 for segmentation.*got 2"),
         ({"naive_attention": True}, 'naive_attention: expected attention="dense".*"deformable"'),
         ({"num_heads": 5}, "num_heads: expected a divisor of embed_dim = 48, got 5"),
         ({"pretrain_size": 100}, "pretrain_size: expected a multiple of the patch size 16"),
         ({"drop_path_rate": 1.0}, "drop_path_rate: expected 0 <= rate < 1, got 1.0"),
+        ({"components": "injector"}, "components: expected one of full, .*got 'injector'"),
+        ({"feature_rule": "both"}, "feature_rule: expected one of new, old, got 'both'"),
+        ({"interaction_indexes": [[0, 1]]}, r"interaction_indexes: .*0 to 3 .*got \[\[0, 1\]\]"),
+        (
+            {"patch_size": 14, "pretrain_size": 56},
+            "patch_size: expected 16 .*got 14; ViTAdapter.from_timm",
+        ),
+        ({"img_size": 512}, "img_size: expected None, .*any size.*got 512"),
         ({"n_points": 0}, "n_points: expected a positive number, got 0"),
         ({"task": "detection", "depth": 6, "num_interactions": 2}, "depth: expected a multiple"),
     ],
@@ -95,3 +166,9 @@ def test_bad_arguments_are_refused_by_name(build, arguments, message):
 def test_unknown_name_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"name: expected one of vit_adapter_tiny.*got 'resnet'"):
         vitadapter.create_model("resnet", task="detection")
+
+
+@pytest.mark.parametrize("img_size", [16, 500])
+def test_image_size_that_beit_cannot_serve_says_which_are_possible(img_size):
+    with pytest.raises(ValueError, match=rf"img_size: expected a multiple of 32 .*got {img_size}"):
+        vitadapter.create_model("beit_adapter_base", task="segmentation", img_size=img_size)

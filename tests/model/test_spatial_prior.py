@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vitadapter.layers.spatial_prior import SpatialPriorModule
+from vitadapter.layers.upsample import Upsample
 
 
 def _conv_bn_relu(x, conv, norm, stride):
@@ -37,3 +38,17 @@ def test_spatial_prior_is_the_published_convolutional_pyramid(randomise):
 def test_images_that_are_not_multiples_of_32_are_refused():
     with pytest.raises(RuntimeError):
         SpatialPriorModule(width=4, embed_dim=6)(torch.randn(2, 3, 64, 90))
+
+
+def test_maps_are_channels_last_so_that_tokens_are_views():
+    spm = SpatialPriorModule(width=4, embed_dim=6).eval()
+    for level in spm(torch.randn(2, 3, 64, 96)):
+        assert level.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_upsampling_is_the_transposed_convolution(batch):
+    up = Upsample(6).double()
+    x = torch.randn(batch, 6, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(up(x), F.conv_transpose2d(x, up.weight, up.bias, stride=2))
+    assert up(x).is_contiguous(memory_format=torch.channels_last)

@@ -54,9 +54,19 @@ _FREE = {
     f"aten.{name}"
     for name in (
         *("_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat", "clone"),
-        *("constant_pad_nd", "copy_", "detach", "empty", "expand", "fill_", "full", "new_empty"),
-        *("new_full", "permute", "select", "slice", "split", "split_with_sizes", "stack", "t"),
-        *("transpose", "unbind", "unsqueeze", "upsample_nearest2d", "view"),
+        *("constant_pad_nd", "copy_", "detach", "empty", "expand", "fill_", "flip", "full"),
+        *("new_empty", "new_full", "permute", "repeat", "select", "slice", "split"),
+        *(
+            "split_with_sizes",
+            "stack",
+            "t",
+            "transpose",
+            "unbind",
+            "unfold",
+            "unsqueeze",
+            "upsample_nearest2d",
+        ),
+        *("view", "zeros_like"),
     )
 }
 
@@ -95,6 +105,13 @@ def _ms_deform_attn(args: Sequence[Any], out: Tensor) -> int:
     return weights.numel() * (DEFORMABLE_POINT + BILINEAR_CHANNEL * int(value.shape[-1]))
 
 
+def _from_offsets(args: Sequence[Any], out: Tensor) -> int:
+    # Offset to a fraction and added to the reference, both for x and y; softmax of the logits.
+    value, logits = args[0], args[6]
+    per_point = 2 * 2 + SOFTMAX + DEFORMABLE_POINT + BILINEAR_CHANNEL * int(value.shape[-1])
+    return logits.numel() * per_point
+
+
 _RULES: dict[str, Rule] = {
     "aten.mm": _matmul,
     "aten.bmm": _matmul,
@@ -108,6 +125,8 @@ _RULES: dict[str, Rule] = {
     "aten.grid_sampler_2d": _grid_sample,
     "vitadapter_ops.ms_deform_attn": _ms_deform_attn,
     "vitadapter_ops.ms_deform_attn_reference": _ms_deform_attn,
+    "vitadapter_ops.ms_deform_attn_from_offsets": _from_offsets,
+    "vitadapter_ops.ms_deform_attn_from_offsets_reference": _from_offsets,
 }
 
 
@@ -176,10 +195,14 @@ class _AttentionMode(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        bias = kwargs.pop("attn_mask", None)
         if kwargs or len(args) != 3:
-            raise NotImplementedError("no cost is known for masked, causal or grouped attention")
+            raise NotImplementedError("no cost is known for causal, grouped or dropped attention")
         query, key, value = args
         pairs = query.shape[:-1].numel() * int(key.shape[-2])
         per_pair = int(query.shape[-1]) + SOFTMAX + int(value.shape[-1])
+        if bias is not None:
+            per_pair += 1
         self._count.total += query.numel() + pairs * per_pair
         return query.new_empty((*query.shape[:-1], value.shape[-1]))

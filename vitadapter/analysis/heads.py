@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitadapter_ops import MSDeformAttn
+
 COCO_CLASSES = 80
 ADE20K_CLASSES = 150
 BOX_ROIS = 1000
@@ -251,6 +253,102 @@ class UPerNet(nn.Module):
         resized = [outputs[0], *(_resize(level, finest) for level in outputs[1:])]
         logits = self.classify(self.fuse(torch.cat(resized, dim=1)))
         return _resize(logits, (4 * finest[0], 4 * finest[1]))
+
+
+class SETRPUP(nn.Module):
+    """SETR's progressive upsampling of the stride-16 map: four convolutions, four doublings."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.ups = nn.Sequential(
+            *(
+                nn.Sequential(_conv_norm_relu(_WIDTH if index else embed_dim, _WIDTH), _Double())
+                for index in range(4)
+            )
+        )
+        self.classify = nn.Conv2d(_WIDTH, ADE20K_CLASSES, 1)
+        # Three more with a single convolution each, which do not run in inference.
+        self.auxiliary = nn.ModuleList(
+            nn.ModuleList(
+                (
+                    nn.LayerNorm(embed_dim),
+                    _conv_norm_relu(embed_dim, _WIDTH),
+                    nn.Conv2d(_WIDTH, ADE20K_CLASSES, 1),
+                )
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps the backbone's maps to logits of the image's size."""
+        x = self.norm(maps[2].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.classify(self.ups(x))
+
+
+class Mask2Former(nn.Module):
+    """The parameters of Mask2Former's head; no published figure needs its operations.
+
+    Args:
+        embed_dim: channels of the backbone's maps.
+        width: channels of the head.
+        heads: of its attentions.
+        hidden: of its feed-forward networks.
+        queries: number of masks.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        width: int = 1024,
+        heads: int = 32,
+        hidden: int = 4096,
+        queries: int = 100,
+    ) -> None:
+        super().__init__()
+        levels = 3
+        self.inputs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(embed_dim, width, 1), nn.GroupNorm(32, width))
+            for _ in range(levels)
+        )
+        self.encoder = nn.ModuleList(
+            nn.ModuleList(
+                (
+                    MSDeformAttn(width, levels, heads, 4),
+                    _feed_forward(width, hidden),
+                    *(nn.LayerNorm(width) for _ in range(2)),
+                )
+            )
+            for _ in range(6)
+        )
+        self.lateral = nn.Sequential(
+            nn.Conv2d(embed_dim, width, 1, bias=False), nn.GroupNorm(32, width)
+        )
+        self.output = _conv_norm_relu(width, width, norm="group")
+        self.mask_feature = nn.Conv2d(width, width, 1)
+        self.decoder = nn.ModuleList(
+            nn.ModuleList(
+                (
+                    *(nn.MultiheadAttention(width, heads) for _ in range(2)),
+                    _feed_forward(width, hidden),
+                    *(nn.LayerNorm(width) for _ in range(3)),
+                )
+            )
+            for _ in range(9)
+        )
+        self.decoder_norm = nn.LayerNorm(width)
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(number, width) for number in (queries, queries, levels, levels)
+        )
+        self.score = nn.Linear(width, ADE20K_CLASSES + 1)
+        self.mask = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+            nn.Linear(width, width),
+        )  # fmt: skip
+
+
+def _feed_forward(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbones.plain_vit import Attention
+from ..backbones.windows import SelfAttention
 from ..layers.attention import CSwinAttention, DeformableAttention, DenseAttention
 from ..layers.attention.cswin import group_counts
 
@@ -56,7 +56,7 @@ def _pooling(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> int:
     return args[0].numel()
 
 
-def _self_attention(module: Attention, args: tuple[Any, ...], out: Tensor) -> int:
+def _self_attention(module: SelfAttention, args: tuple[Any, ...], out: Tensor) -> int:
     batch, tokens, dim = out.shape
     keys = tokens if module.window_size is None else module.window_size**2
     return 2 * batch * tokens * keys * dim
@@ -64,7 +64,7 @@ def _self_attention(module: Attention, args: tuple[Any, ...], out: Tensor) -> in
 
 def _pairs(args: tuple[Any, ...]) -> int:
     """Query-key pairs times channels, for the two matrix products: 2 B Nq Nk D."""
-    query, _, feat, _ = args
+    query, feat = args[0], args[2]
     batch, queries, dim = query.shape
     return 2 * batch * queries * feat.shape[1] * dim
 
@@ -80,7 +80,7 @@ def _grouped(module: CSwinAttention, args: tuple[Any, ...], out: Tensor) -> int:
 
 
 def _deformable(module: DeformableAttention, args: tuple[Any, ...], out: Tensor) -> int:
-    query, _, feat, _ = args
+    query, feat = args[0], args[2]
     per_query = (module.sampling_offsets, module.attention_weights, module.output_proj)
     weights = sum(linear.weight.numel() for linear in per_query)
     keys = feat.shape[0] * feat.shape[1]
@@ -96,7 +96,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.ReLU: _activation,
     nn.MaxPool2d: _pooling,
     nn.AdaptiveAvgPool2d: _pooling,
-    Attention: _self_attention,
+    SelfAttention: _self_attention,
     DenseAttention: _dense,
     CSwinAttention: _grouped,
     DeformableAttention: _deformable,

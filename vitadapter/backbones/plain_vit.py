@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.drop_path import DropPath
+from .protocol import Grid, Step
+from .windows import SelfAttention, attend, in_windows
 
 LAYER_NORM_EPS = 1e-6
 
@@ -26,12 +29,12 @@ class PatchEmbed(nn.Module):
         return self.proj(images)
 
 
-class Attention(nn.Module):
+class Attention(SelfAttention):
     """Multi-head self-attention over the whole grid or inside square windows.
 
-    Windows do not overlap. A grid that they do not tile is padded at the bottom and right after the
-    qkv projection, and the padding is not masked: a padded key is exactly zero, so its logit is 0
-    and it takes its share of the softmax. Published weights were trained that way.
+    A grid that windows do not tile is padded at the bottom and right after the qkv projection, and
+    the padding is not masked: a padded key is exactly zero, so its logit is 0 and it takes its
+    share of the softmax. Published weights were trained that way.
 
     Args:
         dim: token width D.
@@ -50,37 +53,11 @@ class Attention(nn.Module):
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
         qkv = self.qkv(x)
         if self.window_size is None:
-            out = self._global(qkv)
+            out = attend(qkv, self.num_heads)
         else:
-            out = self._windowed(qkv, shape, self.window_size)
+            attention = partial(attend, num_heads=self.num_heads)
+            out = in_windows(attention, qkv, shape, self.window_size)
         return self.proj(out)
-
-    def _global(self, qkv: Tensor) -> Tensor:
-        batch, tokens, width = qkv.shape
-        q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).reshape(batch, tokens, width // 3)
-
-    def _windowed(self, qkv: Tensor, shape: tuple[int, int], side: int) -> Tensor:
-        batch, _, width = qkv.shape
-        h, w = shape
-        grid = F.pad(qkv.view(batch, h, w, width), (0, 0, 0, -w % side, 0, -h % side))
-        rows, columns = grid.shape[1] // side, grid.shape[2] // side
-
-        # [B, rows, side, columns, side, 3, heads, d] -> [3, B*rows*columns, heads, side*side, d]
-        windows = grid.view(batch, rows, side, columns, side, 3, self.num_heads, -1)
-        windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7)
-        windows = windows.reshape(3, batch * rows * columns, self.num_heads, side * side, -1)
-        q, k, v = windows.unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
-
-        out = out.view(batch, rows, columns, self.num_heads, side, side, -1)
-        out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * side, columns * side, -1)
-        return out[:, :h, :w].reshape(batch, h * w, width // 3)
-
-    def extra_repr(self) -> str:
-        """Heads and window."""
-        return f"num_heads={self.num_heads}, window_size={self.window_size}"
 
 
 class Mlp(nn.Module):
@@ -127,11 +104,14 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.gamma1 = nn.Parameter(torch.ones(dim)) if layer_scale else None
         self.gamma2 = nn.Parameter(torch.ones(dim)) if layer_scale else None
+        # For ViTDet: maps tokens and grid to tokens, after both branches.
+        self.residual: nn.Module | None = None
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
-        x = x + self.drop_path(_scale(self.attn(self.norm1(x), shape), self.gamma1))
-        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma2))
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x), shape), self.gamma1))
+        x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+        return x if self.residual is None else self.residual(x, shape)
 
 
 class PlainViT(nn.Module):
@@ -140,6 +120,8 @@ class PlainViT(nn.Module):
     `pos_embed` keeps the entry of the class token in front, so that published weights load; it is
     not used and receives a zero gradient. Linear layers, the patch projection and `pos_embed` start
     from a normal distribution with standard deviation 0.02, truncated; biases from 0.
+
+    It is a `Backbone`: see protocol.py.
 
     Args:
         embed_dim: token width D.
@@ -153,6 +135,8 @@ class PlainViT(nn.Module):
         window_size: side of the windows, in tokens, of the blocks that are not global.
         global_blocks: indices of the blocks with global attention.
     """
+
+    num_prefix_tokens = 0
 
     def __init__(
         self,
@@ -169,6 +153,9 @@ class PlainViT(nn.Module):
         global_blocks: Collection[int],
     ) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.patch_size = patch_size
         self.pretrain_grid = pretrain_size // patch_size
         self.patch_embed = PatchEmbed(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.pretrain_grid**2 + 1, embed_dim))
@@ -190,6 +177,11 @@ class PlainViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
+        """Tokens, grid, and one callable for each block."""
+        tokens, shape = self.tokenize(images)
+        return tokens, shape, [partial(block, shape=shape) for block in self.blocks]
+
     def tokenize(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embeds patches and positions.
 
@@ -207,11 +199,25 @@ class PlainViT(nn.Module):
 
     def position_tokens(self, shape: tuple[int, int]) -> Tensor:
         """The position grid resized to `shape` = (h, w), bicubically: [1, h*w, D]."""
-        side = self.pretrain_grid
-        grid = self.pos_embed[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
-        grid = F.interpolate(grid, size=shape, mode="bicubic", align_corners=False)
-        return grid.flatten(2).transpose(1, 2)
+        return resize_grid(self.pos_embed[:, 1:], self.pretrain_grid, shape)
 
 
-def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+def resize_grid(tokens: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
+    """Resizes a square grid of positions bicubically.
+
+    Args:
+        tokens: [1, side * side, D].
+        side: of the given grid.
+        shape: (h, w) of the result.
+
+    Returns:
+        [1, h * w, D].
+    """
+    grid = tokens.transpose(1, 2).reshape(1, -1, side, side)
+    grid = F.interpolate(grid, size=shape, mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """x with each channel multiplied by gamma [D], where there is one."""
     return x if gamma is None else gamma * x

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ LAYER_NORM_EPS = 1e-6
 
 # Builds the attention that reads from this many levels.
 AttentionFactory = Callable[[int], nn.Module]
+# One block of the ViT.
+Step = Callable[[Tensor], Tensor]
 
 
 class Injector(nn.Module):
@@ -29,18 +32,32 @@ class Injector(nn.Module):
         dim: token width D.
         attention: builds the attention layer for the pyramid's three levels.
         init: initial value of gamma; 0 leaves the pre-trained ViT's features untouched.
+        norm_eps: of the layer norms.
     """
 
-    def __init__(self, dim: int, attention: AttentionFactory, init: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attention: AttentionFactory,
+        init: float = 0.0,
+        norm_eps: float = LAYER_NORM_EPS,
+    ) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.feat_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.query_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.feat_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention(3)
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
-    def forward(self, x: Tensor, x_shapes: Shapes, c: Tensor, c_shapes: Shapes) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x_shapes: Shapes,
+        c: Tensor,
+        c_shapes: Shapes,
+        points: Tensor | None = None,
+    ) -> Tensor:
         """Maps ViT tokens x [B, N, D] and pyramid tokens c [B, S, D] to new x [B, N, D]."""
-        out = self.attn(self.query_norm(x), x_shapes, self.feat_norm(c), c_shapes)
+        out = self.attn(self.query_norm(x), x_shapes, self.feat_norm(c), c_shapes, points)
         return x + self.gamma * out
 
 
@@ -85,6 +102,7 @@ class Extractor(nn.Module):
         attention: builds the attention layer for the ViT's single level.
         cffn_hidden: hidden width of the ConvFFN; None: no ConvFFN.
         drop_path: probability of dropping the ConvFFN branch; the attention branch always stays.
+        norm_eps: of the layer norms.
     """
 
     def __init__(
@@ -93,40 +111,67 @@ class Extractor(nn.Module):
         attention: AttentionFactory,
         cffn_hidden: int | None = None,
         drop_path: float = 0.0,
+        norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.feat_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.query_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.feat_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention(1)
         self.ffn: ConvFFN | None = None
         if cffn_hidden is not None:
             self.ffn = ConvFFN(dim, cffn_hidden)
-            self.ffn_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+            self.ffn_norm = nn.LayerNorm(dim, eps=norm_eps)
             self.drop_path = DropPath(drop_path)
 
-    def forward(self, c: Tensor, c_shapes: Shapes, x: Tensor, x_shapes: Shapes) -> Tensor:
+    def forward(
+        self,
+        c: Tensor,
+        c_shapes: Shapes,
+        x: Tensor,
+        x_shapes: Shapes,
+        points: Tensor | None = None,
+    ) -> Tensor:
         """Maps pyramid tokens c [B, S, D] and ViT tokens x [B, N, D] to new c [B, S, D]."""
-        c = c + self.attn(self.query_norm(c), c_shapes, self.feat_norm(x), x_shapes)
+        c = c + self.attn(self.query_norm(c), c_shapes, self.feat_norm(x), x_shapes, points)
         if self.ffn is not None:
             c = c + self.drop_path(self.ffn(self.ffn_norm(c), c_shapes))
         return c
+
+
+class Geometry(NamedTuple):
+    """Where the tokens of one forward pass lie in the image.
+
+    Attributes:
+        x_shape: (h, w) of the ViT's grid.
+        c_shapes: (H, W) of the pyramid's levels.
+        x_points: centres of the ViT's tokens as fractions of the pyramid, [1, h*w, 1, 2].
+        c_points: centres of the pyramid's tokens as fractions of the ViT's grid, [1, S, 1, 2].
+    """
+
+    x_shape: tuple[int, int]
+    c_shapes: Shapes
+    x_points: Tensor
+    c_points: Tensor
 
 
 class Interaction(nn.Module):
     """Injector, a range of the ViT's blocks, extractor; the last one owns extra extractors.
 
     Args:
-        injector: from the pyramid into the ViT.
+        injector: from the pyramid into the ViT; None: the ViT stays as it is.
         extractor: from the ViT into the pyramid.
         extra_extractors: run after `extractor`, in sequence, on the same ViT tokens.
+        freeze_vit: injector and blocks run without gradients.
         with_cp: recompute the activations of each part in the backward pass.
     """
 
     def __init__(
         self,
-        injector: Injector,
-        extractor: Extractor,
+        injector: Injector | None,
+        extractor: Extractor | None,
         extra_extractors: Sequence[Extractor] = (),
+        *,
+        freeze_vit: bool = False,
         with_cp: bool = False,
     ) -> None:
         super().__init__()
@@ -134,39 +179,49 @@ class Interaction(nn.Module):
         self.extractor = extractor
         # An empty ModuleList has no keys in the state_dict.
         self.extra_extractors = nn.ModuleList(extra_extractors)
+        self.freeze_vit = freeze_vit
         self.with_cp = with_cp
 
     def forward(
         self,
         x: Tensor,
         c: Tensor,
-        blocks: Sequence[nn.Module],
-        x_shape: tuple[int, int],
-        c_shapes: Shapes,
-    ) -> tuple[Tensor, Tensor]:
+        steps: Sequence[Step],
+        geometry: Geometry,
+        prefix: int = 0,
+        tap_norm: Step | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs one interaction.
 
         Args:
-            x: ViT tokens [B, h*w, D].
+            x: ViT tokens [B, prefix + h*w, D].
             c: pyramid tokens [B, S, D].
-            blocks: the ViT blocks to run in between; owned by the ViT.
-            x_shape: (h, w) of the ViT's grid.
-            c_shapes: (H, W) of the pyramid's levels.
+            steps: the ViT blocks to run in between, as callables; owned by the ViT.
+            geometry: where the tokens lie.
+            prefix: number of class and register tokens, which only the ViT sees.
+            tap_norm: normalises the ViT tokens that extractors get.
 
         Returns:
-            The new x and c.
+            The new x and c, and what the extractors got, [B, h*w, D].
         """
-        x = self._run(self.injector, x, [x_shape], c, c_shapes)
-        for block in blocks:
-            x = self._run(block, x, x_shape)
+        x_shapes, c_shapes = [geometry.x_shape], geometry.c_shapes
+        with torch.no_grad() if self.freeze_vit else nullcontext():
+            if self.injector is not None:
+                head, body = x[:, :prefix], x[:, prefix:]
+                body = self._run(self.injector, body, x_shapes, c, c_shapes, geometry.x_points)
+                x = torch.cat((head, body), dim=1) if prefix else body
+            for step in steps:
+                x = self._run(step, x)
+            body = (x if tap_norm is None else tap_norm(x))[:, prefix:]
         for extractor in (self.extractor, *self.extra_extractors):
-            c = self._run(extractor, c, c_shapes, x, [x_shape])
-        return x, c
+            if extractor is not None:
+                c = self._run(extractor, c, c_shapes, body, x_shapes, geometry.c_points)
+        return x, c, body
 
-    def _run(self, module: nn.Module, *args: Any) -> Tensor:
+    def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
-        return module(*args)
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
 
 
 def to_tokens(maps: Sequence[Tensor]) -> Tensor:

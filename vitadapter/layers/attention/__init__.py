@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of injectors and extractors: four layers, one forward signature.
 
-    forward(query, query_shapes, feat, feat_shapes) -> Tensor
+    forward(query, query_shapes, feat, feat_shapes, points=None) -> Tensor
 
 query is [B, Nq, D], feat [B, Nk, D]; each is the concatenation of its levels, finest first, and
-`*_shapes` lists their (H, W) as Python integers. The result is [B, Nq, D].
+`*_shapes` lists their (H, W) as Python integers. `points` [1, Nq, 1, 2] are the centres of the
+query tokens as fractions of the maps of feat, None where both cover the same area; only deformable
+attention looks at them. The result is [B, Nq, D].
 """
 
 from __future__ import annotations

@@ -31,10 +31,20 @@ class DeformableAttention(MSDeformAttn):
         super().__init__(dim, num_levels, num_heads, n_points, ratio)
 
     def forward(  # type: ignore[override]  # the signature that all adapter attentions share
-        self, query: Tensor, query_shapes: Shapes, feat: Tensor, feat_shapes: Shapes
+        self,
+        query: Tensor,
+        query_shapes: Shapes,
+        feat: Tensor,
+        feat_shapes: Shapes,
+        points: Tensor | None = None,
     ) -> Tensor:
-        """Attends from `query` [B, Nq, D] to `feat` [B, Nk, D]; returns [B, Nq, D]."""
-        points = reference_points(query_shapes, query.device)
+        """Attends from `query` [B, Nq, D] to `feat` [B, Nk, D]; returns [B, Nq, D].
+
+        `points` [1, Nq, 1, 2] says where the queries are in the maps of `feat`, as fractions; None:
+        both cover the same area.
+        """
+        if points is None:
+            points = reference_points(query_shapes, query.device)
         return super().forward(query, points, feat, feat_shapes)
 
 

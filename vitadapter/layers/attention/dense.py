@@ -37,9 +37,17 @@ class ProjectedAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(
-        self, query: Tensor, query_shapes: Shapes, feat: Tensor, feat_shapes: Shapes
+        self,
+        query: Tensor,
+        query_shapes: Shapes,
+        feat: Tensor,
+        feat_shapes: Shapes,
+        points: Tensor | None = None,
     ) -> Tensor:
-        """Attends from `query` [B, Nq, D] to `feat` [B, Nk, D]; returns [B, Nq, D]."""
+        """Attends from `query` [B, Nq, D] to `feat` [B, Nk, D]; returns [B, Nq, D].
+
+        `points` is for attentions that sample.
+        """
         q = self._split_heads(self.q(query))
         k = self._split_heads(self.k(feat))
         v = self._split_heads(self.v(feat))

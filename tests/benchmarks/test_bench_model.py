@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/model.py: end to end on a tiny image, and its refusal of wrong results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import model as bench
+
+TINY = ["--device", "cpu", "--sizes", "tiny", "--pixels", "64", "--repeats", "1", "--warmup", "0"]
+TINY += ["--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, precision: 1e11)
+    monkeypatch.setattr(bench, "GATE_PIXELS", 64)
+
+
+def test_prints_plain_adapter_ratio_floor_memory_and_profile(fast, capsys):
+    assert bench.main([*TINY, "--precision", "fp32", "--profile"]) == 0
+    shown = capsys.readouterr().out
+    for header in ("plain ms", "adapter ms", "FPS ratio", "/floor", "adapter MiB"):
+        assert header in shown
+    assert "ViT-T" in shown
+    assert "ms_deform_attn" in shown
+    assert "own time" in shown
+
+
+def test_wrong_maps_are_not_timed(fast, capsys, monkeypatch):
+    right = bench.build
+
+    def wrong(size, kind, device, dtype=torch.float32):
+        model = right(size, kind, device, dtype)
+        if dtype == torch.float32:
+            torch.nn.init.zeros_(model.norm1.weight)
+        return model
+
+    monkeypatch.setattr(bench, "build", wrong)
+    monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("timed"))
+    assert bench.main([*TINY, "--precision", "fp32"]) == 1
+    assert "Not timed, because the results are wrong" in capsys.readouterr().out
+
+
+def test_floor_is_the_full_count_at_the_rate(fast):
+    _, settings = bench.parse([*TINY, "--precision", "fp32", "--no-memory"])
+    key = ("tiny", "fp32", False)
+    timings = {(*key, kind): bench.Timing((0.2,)) for kind in bench.KINDS}
+    table = bench.table_of(settings, timings, {"fp32": 1e9}, {})
+    cells = [next(iter(column.cells)) for column in table.columns]
+    flops = bench.counting.count(bench.build_on_meta("tiny"), (64, 64)).full
+    assert cells[6] == f"{flops / 1e6:.1f}"
+    assert cells[7] == bench.times(0.2 / (flops / 1e9))
+    assert cells[4:6] == ["1.00x", "1.00x"]
+
+
+def test_matrix_products_have_a_rate():
+    assert bench.matmul_rate("cpu", "fp32", seconds=0.01) > 1e8

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled, exported, and on a photograph."""
+
+from __future__ import annotations
+
+import matplotlib.cbook
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import vitadapter
+import vitadapter_ops
+
+SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8, "drop_path_rate": 0.0}
+MODELS = ["vit_adapter_tiny", "vitdet_tiny", "beit_adapter_base", "uniperceiver_adapter_base"]
+
+
+def _build(name: str, task: str = "detection", **overrides):
+    if name.startswith("vitdet"):
+        overrides = {"embed_dim": 96, **overrides}
+    return vitadapter.create_model(name, task=task, **{**SMALL, **overrides}).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_model_is_one_graph(name):
+    torch._dynamo.reset()
+    model = _build(name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for got, expected in zip(compiled(images), model(images), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_beit_with_a_class_token_is_one_graph():
+    torch._dynamo.reset()
+    model = _build("beit_adapter_base", "segmentation", img_size=64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for got, expected in zip(compiled(images), model(images), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_exported_model_gives_the_same_maps(backend, monkeypatch):
+    if backend == "native" and "cpu" not in vitadapter_ops.available_backends():
+        pytest.skip("needs the CPU library")
+    monkeypatch.setattr(vitadapter_ops._dispatch, "choose", _choose(backend))
+    model = _build("vit_adapter_tiny", "segmentation")
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,))
+        targets = {str(node.target) for node in program.graph.nodes}
+        used = [target for target in targets if "vitadapter" in target]
+        assert used
+        assert all(("reference" in target) == (backend == "reference") for target in used)
+        for got, expected in zip(program.module()(images), model(images), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def _choose(backend):
+    original = vitadapter_ops._dispatch.choose
+
+    def choose(asked, *arguments):
+        return original("reference" if backend == "reference" else "cpu", *arguments)
+
+    return choose
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_photograph_gives_finite_maps_that_vary(task):
+    path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    pixels = np.asarray(PIL.Image.open(path).convert("RGB"), dtype=np.float32)
+    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    images = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)[None].float()
+    model = vitadapter.create_model("vit_adapter_tiny", task=task).eval()
+    with torch.no_grad():
+        maps = model(images)
+    for m, stride in zip(maps, model.strides, strict=True):
+        assert m.shape[2:] == (-(-images.shape[2] // stride), -(-images.shape[3] // stride))
+        assert m.isfinite().all()
+        # Channel by channel the map says something about the place.
+        assert (m.std((0, 2, 3)) > 1e-3).all()

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on several processes gives what one process gives on the same global batch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import distributed_steps
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"
+)
+
+
+@pytest.mark.parametrize(
+    "run", [distributed_steps.data_parallel, distributed_steps.fully_sharded], ids=["ddp", "fsdp2"]
+)
+def test_two_processes_step_like_one(tmp_path, run):
+    multiprocessing.spawn(run, args=(tmp_path,), nprocs=distributed_steps.RANKS)
+    got = torch.load(tmp_path / "weights.pth")
+    model = distributed_steps.build()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    distributed_steps.step(model, distributed_steps.global_batch())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.detach(), msg=lambda m, n=name: f"{n}: {m}")
+    assert sum(not torch.equal(got[name], value) for name, value in before.items()) > 150

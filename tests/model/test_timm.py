@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters around timm's vision transformers and around a user's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import vitadapter
+from vitadapter import ViTAdapter
+from vitadapter.adapter import ADAPTER_PARTS
+
+# Everything that differs between plain ViTs: patches, prefix tokens, norms, positions.
+MODELS = {
+    "deit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},  # two prefix tokens
+    "deit3_small_patch16_224": {"depth": 4},  # positions without class token, layer scale
+    "vit_tiny_patch16_224.augreg_in21k": {},
+    "vit_base_patch16_224.mae": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "vit_base_patch16_clip_224.openai": {"depth": 4, "embed_dim": 96, "num_heads": 3},  # pre-norm
+    "vit_base_patch16_siglip_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},  # no class token
+    "beit_base_patch16_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "beitv2_base_patch16_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "vit_small_patch14_dinov2": {"depth": 4},
+    "vit_small_patch14_reg4_dinov2": {"depth": 4},  # four registers
+    "vit_small_patch16_dinov3": {"depth": 4},  # rotary positions, four registers
+    "eva02_tiny_patch14_224": {"depth": 4},  # rotary and learned positions, SwiGLU
+    "vit_tiny_patch16_224": {"depth": 4, "patch_size": 8},
+}
+
+
+@pytest.fixture
+def timm(require_module):
+    return require_module("timm")
+
+
+def _build(name: str, task: str = "segmentation", **options) -> ViTAdapter:
+    options = {"conv_inplane": 8, **options}
+    model = ViTAdapter.from_timm(name, task=task, model_args=MODELS[name], **options)
+    # Positions and biases start at zero in many models, which would hide wrong ones.
+    with torch.no_grad():
+        for key, parameter in model.backbone.named_parameters():
+            if parameter.dim() <= 1 or "pos" in key or "token" in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _tokens_after_each_block(model: ViTAdapter, images):
+    outputs = []
+    hooks = [
+        block.register_forward_hook(lambda module, args, out: outputs.append(out))
+        for block in model.backbone.model.blocks
+    ]
+    with torch.no_grad():
+        maps = model(images)
+    for hook in hooks:
+        hook.remove()
+    return maps, outputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_bitwise_those_of_timm_while_gammas_are_zero(timm, name):
+    model = _build(name)
+    vit = model.backbone.model
+    images = torch.randn(2, 3, 224, 224)
+    maps, outputs = _tokens_after_each_block(model, images)
+    with torch.no_grad():
+        expected = vit.forward_intermediates(
+            images, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+        )
+    assert len(outputs) == len(expected) == model.depth
+    for got, want in zip(outputs, expected, strict=True):
+        patches, prefix = want if isinstance(want, tuple) else (want, want[:, :0])
+        assert torch.equal(got[:, model.num_prefix_tokens :], patches)
+        assert torch.equal(got[:, : model.num_prefix_tokens], prefix)
+    assert [tuple(m.shape) for m in maps] == [
+        (2, vit.embed_dim, 224 // s, 224 // s) for s in model.strides
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timms_state_dict_stays_loadable(timm, name):
+    model = _build(name)
+    other = timm.create_model(name, num_classes=0, **MODELS[name])
+    model.backbone.model.load_state_dict(other.state_dict())
+    state = {key: torch.randn_like(value) for key, value in other.state_dict().items()}
+    report = vitadapter.load_checkpoint(model, {"state_dict": state})
+    assert report.unexpected == ()
+    own = model.backbone.model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state.items())
+    own_file = model.state_dict()
+    assert vitadapter.load_checkpoint(_build(name), own_file, strict=True).missing == ()
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("beit")])
+@pytest.mark.parametrize("size", [(64, 96), (70, 101)], ids=str)
+def test_any_image_size_gives_maps_with_strides_4_to_32(timm, name, size):
+    model = _build(name)
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, *size))
+    expected = [tuple(math.ceil(side / s) for side in size) for s in (4, 8, 16, 32)]
+    assert [tuple(m.shape[2:]) for m in maps] == expected
+    assert all(m.isfinite().all() for m in maps)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_that_can_learn_gets_a_gradient(timm, name):
+    model = _build(name).train()
+    for interaction in model.interactions:
+        nn.init.ones_(interaction.injector.gamma)
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 224, 224))).backward()
+    missing = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+def test_model_of_one_image_size_takes_another_when_told(timm):
+    name = "beit_base_patch16_224"
+    model = _build(name, img_size=64)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64))[1].shape[2:] == (8, 8)
+        with pytest.raises(ValueError, match=r"images: expected 64x64 .*img_size.*got 64x96"):
+            model(torch.randn(1, 3, 64, 96))
+
+
+def test_a_model_that_timm_made_can_be_passed(timm):
+    vit = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True)
+    model = ViTAdapter.from_timm(vit, task="detection", conv_inplane=8)
+    assert model.backbone.model is vit
+    assert model.config.adapter_heads == 6
+
+
+def test_pretrained_models_of_other_kinds_are_refused(timm):
+    with pytest.raises(ValueError, match=r"name: expected a plain vision .*got ResNet"):
+        ViTAdapter.from_timm("resnet18", task="detection")
+
+
+def test_defaults_follow_the_published_sizes(timm):
+    with torch.device("meta"):
+        base = ViTAdapter.from_timm("vit_base_patch16_224", task="detection")
+        large = ViTAdapter.from_timm("vit_large_patch16_224", task="detection")
+    assert (base.config.adapter_heads, base.config.deform_ratio) == (12, 0.5)
+    assert (large.config.adapter_heads, large.config.deform_ratio) == (16, 0.5)
+    with pytest.raises(ValueError, match=r"overrides: expected fields .*conv_inplane.*got colour"):
+        ViTAdapter.from_timm("deit_tiny_patch16_224", task="detection", colour=1)
+
+
+class _Ramp(nn.Module):
+    """A backbone of a user: its tokens are the coordinates of their patches' centres."""
+
+    embed_dim, depth, num_prefix_tokens = 12, 4, 1
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def start(self, images):
+        batch, _, height, width = images.shape
+        h, w = height // self.patch_size, width // self.patch_size
+        y = ((torch.arange(h) + 0.5) * self.patch_size).view(h, 1, 1).expand(h, w, 6)
+        x = ((torch.arange(w) + 0.5) * self.patch_size).view(1, w, 1).expand(h, w, 6)
+        tokens = torch.cat((y, x), -1).view(1, h * w, 12).expand(batch, -1, -1)
+        tokens = torch.cat((tokens.new_zeros(batch, 1, 12), tokens), dim=1)
+        return tokens, (h, w), [lambda t: t] * self.depth
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16, 20, 32])
+@pytest.mark.parametrize("size", [(224, 224), (256, 320), (100, 230)], ids=str)
+def test_maps_of_a_users_backbone_lie_where_the_image_has_them(patch_size, size):
+    model = ViTAdapter.around(_Ramp(patch_size), task="detection", conv_inplane=8).eval()
+    resized, samples = {}, []
+    resize = model._resize
+
+    def record(vit_map, like, index):
+        resized[index] = resize(vit_map, like, index)
+        return resized[index]
+
+    model._resize = record
+    extractor = model.interactions[0].extractor.attn
+    extractor.register_forward_pre_hook(lambda module, args: samples.append(args))
+    with torch.no_grad():
+        model(torch.randn(1, 3, *size))
+    for index, stride in enumerate(model.strides):
+        # Bilinear interpolation is exact for a ramp, but for the border of the ViT's grid.
+        for axis, channel in ((0, 0), (1, 6)):
+            got = resized[index][0, channel].amax(dim=1 - axis)
+            want = (torch.arange(len(got)) + 0.5) * stride
+            grid_end = math.ceil(size[axis] / patch_size) * patch_size - patch_size / 2
+            want = want.clamp(patch_size / 2, grid_end)
+            torch.testing.assert_close(got, want)
+    # The extractors look at the same place of the ViT's grid.
+    _, c_shapes, _, ((h, w),), points = samples[0]
+    x = points[0, : c_shapes[0][1], 0, 0] * w * patch_size
+    torch.testing.assert_close(x, (torch.arange(len(x)) + 0.5) * 8)
+    y = points[0, : c_shapes[0][0] * c_shapes[0][1] : c_shapes[0][1], 0, 1] * h * patch_size
+    torch.testing.assert_close(y, (torch.arange(len(y)) + 0.5) * 8)
+
+
+@pytest.mark.parametrize("components", ["full", "spm+extractor"])
+def test_frozen_backbone_runs_without_gradients(timm, components):
+    model = _build(
+        "deit_tiny_patch16_224", "detection", freeze_backbone=True, components=components
+    ).train()
+    vit = model.backbone
+    assert not any(module.training for module in vit.modules())
+    assert model.spm.training
+    graph = []
+    for block in vit.model.blocks:
+        block.register_forward_hook(lambda module, args, out: graph.append(out.requires_grad))
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert graph == [False] * 12
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    trained = {k.split(".")[0] for k, p in model.named_parameters() if p.grad is not None}
+    assert trained == set(ADAPTER_PARTS)
+    required = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert required == []
+    assert not any("injector" in k for k, p in model.named_parameters() if p.requires_grad)
+
+
+def test_frozen_backbone_asks_the_operator_for_no_gradient_in_injectors(timm, monkeypatch):
+    model = _build("deit_tiny_patch16_224", "detection", freeze_backbone=True).train()
+    inputs = []
+    for interaction in model.interactions:
+        interaction.injector.attn.value_proj.register_forward_hook(
+            lambda module, args, out: inputs.append(out.requires_grad)
+        )
+    model(torch.randn(2, 3, 64, 64))
+    assert inputs == [False] * 4
+
+
+def test_frozen_published_backbone_stays_in_inference_mode(build):
+    model = build("detection", freeze_backbone=True, drop_path_rate=0.5).train()
+    assert not any(block.training for block in model.blocks)
+    images = torch.randn(2, 3, 64, 64)
+    sum(m.square().mean() for m in model(images)).backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.vit_parameters())
+    assert len(list(model.vit_parameters())) == 3 + 4 * 14
+
+
+def test_dinov3_variant_reads_four_normalised_taps_of_a_frozen_vit(timm):
+    options = vitadapter.dinov3_options(8)
+    model = ViTAdapter.from_timm(
+        "vit_small_patch16_dinov3",
+        task="segmentation",
+        model_args={"depth": 8},
+        **{**options, "adapter_heads": 6},
+    ).eval()
+    assert not any("injector" in key for key in model.state_dict())
+    images, calls = torch.randn(1, 3, 64, 96), []
+    for interaction in model.interactions:
+        interaction.extractor.register_forward_pre_hook(lambda module, args: calls.append(args[2]))
+    with torch.no_grad():
+        model(images)
+        expected = model.backbone.model.forward_intermediates(
+            images, indices=[1, 3, 5, 7], norm=True, output_fmt="NLC", intermediates_only=True
+        )
+    for got, want in zip(calls, expected, strict=True):
+        assert torch.equal(got, want)
+    model.train()
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("depth", "last"), [(12, [2, 5, 8, 11]), (24, [4, 11, 17, 23]), (40, [9, 19, 29, 39])]
+)
+def test_dinov3_variant_taps_the_published_blocks(depth, last):
+    options = vitadapter.dinov3_options(depth)
+    assert [pair[1] for pair in options["interaction_indexes"]] == last
+    assert options["components"] == "spm+extractor"
+    assert (options["adapter_heads"], options["deform_ratio"]) == (16, 0.5)
+
+
+def test_norm_that_is_not_there_is_asked_for_by_name(build):
+    with pytest.raises(ValueError, match="norm_taps: expected a backbone with a final norm"):
+        ViTAdapter.around(_Ramp(16), task="detection", norm_taps=True)
+    with pytest.raises(ValueError, match="norm_taps: expected False for plain_vit"):
+        build(norm_taps=True)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain vision transformers of timm, unmodified; the only file that imports timm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .protocol import Grid, Step
+
+
+class TimmViT(nn.Module):
+    """A plain vision transformer of timm as a `Backbone`.
+
+    The parts of the model's own forward are called in its order: patches, positions and prefix
+    tokens, patch dropout and norm where it has them, then block after block. Class and register
+    tokens, relative and rotary positions are its own business.
+
+    Args:
+        model: name or model.
+        pretrained: load timm's weights.
+        img_size: for models of one image size; None: the size timm gives them.
+        model_args: further arguments for timm.create_model.
+
+    Attributes:
+        model: timm's model.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: the model is not a plain vision transformer.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        *,
+        pretrained: bool,
+        img_size: int | tuple[int, int] | None,
+        model_args: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.model = _create(model, pretrained, img_size, model_args)
+        self.embed_dim = self.model.embed_dim
+        self.depth = len(self.model.blocks)
+        self.patch_size = self.model.patch_embed.patch_size[0]
+        self.num_prefix_tokens = self.model.num_prefix_tokens
+
+    @property
+    def norm(self) -> Step | None:
+        """The model's final norm; None where it has none."""
+        return None if isinstance(self.model.norm, nn.Identity) else self.model.norm
+
+    def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
+        """Tokens, grid, and one callable for each block.
+
+        Raises:
+            ValueError: the model serves one image size, and these images have another.
+        """
+        model = self.model
+        height, width = images.shape[2:]
+        embed = model.patch_embed
+        if embed.strict_img_size and (height, width) != tuple(embed.img_size):
+            raise ValueError(
+                f"images: expected {embed.img_size[0]}x{embed.img_size[1]} pixels, the one size "
+                f"that this timm model serves (img_size), got {height}x{width}"
+            )
+        shape = (height // self.patch_size, width // self.patch_size)
+        x = embed(images)
+        if not hasattr(model, "_pos_embed"):  # BEiT, whose positions live in its blocks
+            x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+            if model.pos_embed is not None:
+                x = x + model.pos_embed
+            bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+            blocks = [partial(block, shared_rel_pos_bias=bias) for block in model.blocks]
+            return model.pos_drop(x), shape, blocks
+        x = model._pos_embed(x)
+        if isinstance(x, tuple):  # Eva and DINOv3, with rotary positions
+            x, rope = x
+            of_block = [rope] * self.depth
+            if getattr(model, "rope_mixed", False) and rope is not None:
+                of_block = [rope[index] for index in range(self.depth)]
+            steps = [
+                partial(block, rope=own) for block, own in zip(model.blocks, of_block, strict=True)
+            ]
+            return model.norm_pre(x), shape, steps
+        return model.norm_pre(model.patch_drop(x)), shape, list(model.blocks)
+
+
+def _create(
+    model: str | nn.Module,
+    pretrained: bool,
+    img_size: int | tuple[int, int] | None,
+    model_args: dict[str, Any],
+) -> Any:
+    try:
+        import timm
+        from timm.models.beit import Beit
+        from timm.models.eva import Eva
+        from timm.models.vision_transformer import VisionTransformer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "ViTAdapter.from_timm needs timm: pip install 'vitadapter[models]'"
+        ) from error
+    if isinstance(model, str):
+        arguments = {"num_classes": 0, **model_args}
+        if img_size is not None:
+            arguments["img_size"] = img_size
+        try:
+            model = timm.create_model(
+                model, pretrained=pretrained, **{"dynamic_img_size": True, **arguments}
+            )
+        except TypeError:  # a model of one image size
+            model = timm.create_model(model, pretrained=pretrained, **arguments)
+    if not isinstance(model, VisionTransformer | Eva | Beit):
+        raise ValueError(
+            "name: expected a plain vision transformer of timm (VisionTransformer, Eva or Beit), "
+            f"got {type(model).__name__}"
+        )
+    rows, columns = model.patch_embed.patch_size
+    if rows != columns:
+        raise ValueError(f"name: expected square patches, got {rows}x{columns} pixels")
+    # What comes after the blocks does not run here; data-parallel training expects gradients of
+    # all parameters that require them.
+    for name in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    return model

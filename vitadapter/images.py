@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in, maps out: checks, padding and cropping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check(images: Tensor, patch_size: int) -> None:
+    """Raises ValueError unless images is [B, 3, H, W], floating point, at least one patch."""
+    if images.dim() != 4:
+        raise ValueError(f"images: expected [B, 3, H, W], got shape {list(images.shape)}")
+    if images.shape[1] != 3:
+        raise ValueError(f"images: expected 3 channels in [B, 3, H, W], got {images.shape[1]}")
+    if not images.is_floating_point():
+        raise ValueError(f"images: expected a floating-point dtype, got {images.dtype}")
+    if images.shape[2] < patch_size or images.shape[3] < patch_size:
+        raise ValueError(
+            f"images: expected H, W >= {patch_size} (one patch), got shape {list(images.shape)}"
+        )
+
+
+def ceil_div(size: int, stride: int) -> int:
+    """size / stride, rounded up."""
+    # Not -(-size // stride): with symbolic sizes torch.compile simplifies this form far faster.
+    return (size + stride - 1) // stride
+
+
+def pad(images: Tensor, multiple: int) -> Tensor:
+    """Pads with zeros at the bottom and right to multiples of `multiple`."""
+    height, width = images.shape[-2:]
+    rows, columns = ceil_div(height, multiple), ceil_div(width, multiple)
+    return F.pad(images, (0, columns * multiple - width, 0, rows * multiple - height))
+
+
+def crop(
+    maps: Sequence[Tensor], strides: Sequence[int], images: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of the four maps that the images cover."""
+    height, width = images.shape[-2:]
+    f1, f2, f3, f4 = (
+        m[:, :, : ceil_div(height, stride), : ceil_div(width, stride)]
+        for m, stride in zip(maps, strides, strict=True)
+    )
+    return f1, f2, f3, f4

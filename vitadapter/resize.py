@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How pre-trained weights change their size: position grids, bias tables, patch projections."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backbones.beit import CLASS_DISTANCES
+from .backbones.plain_vit import resize_grid
+
+
+def position_embedding(tokens: Tensor, size: int, prefix: int) -> Tensor:
+    """Resizes a learned position embedding bicubically.
+
+    Args:
+        tokens: [1, P + n * n, D]: P >= 0 entries of class and other tokens, then a square grid.
+        size: entries of the result.
+        prefix: entries in front of the result's grid. The first ones of `tokens` are taken; zeros
+            where it has none.
+
+    Returns:
+        [1, size, D].
+
+    Raises:
+        ValueError: tokens or the result holds no square grid.
+    """
+    side, target = math.isqrt(tokens.shape[1]), math.isqrt(size - prefix)
+    extra = tokens.shape[1] - side**2
+    if side < 1 or target**2 != size - prefix:
+        raise ValueError(f"pos_embed: expected a square grid, got {tokens.shape[1]} entries")
+    grid = tokens[:, extra:]
+    if side != target:
+        grid = resize_grid(grid.float(), side, (target, target)).to(tokens.dtype)
+    head = tokens[:, : min(prefix, extra)]
+    zeros = tokens.new_zeros(1, prefix - head.shape[1], tokens.shape[2])
+    return torch.cat((head, zeros, grid), dim=1)
+
+
+def patch_projection(weight: Tensor, patch_size: int) -> Tensor:
+    """Resizes a patch projection [D, 3, p, p] bilinearly to another patch size."""
+    size = (patch_size, patch_size)
+    resized = F.interpolate(weight.float(), size=size, mode="bilinear", align_corners=False)
+    return resized.to(weight.dtype)
+
+
+def bias_table(table: Tensor, rows: int) -> Tensor:
+    """Resizes a table of relative position biases as BEiT does.
+
+    The given biases are taken to lie at distances that grow geometrically from the centre, such
+    that they reach as far as the new table; a cubic spline through them is read at whole distances.
+    Biases of the class token are copied.
+
+    Args:
+        table: [(2 n - 1)^2, heads], or 3 rows more, for the class token.
+        rows: of the result.
+
+    Returns:
+        [rows, heads]; where it needs the class token's rows and `table` has none, they are 0.
+
+    Raises:
+        ValueError: one of the sizes is no table's.
+    """
+    side, extra = _table_side(table.shape[0])
+    target, target_extra = _table_side(rows)
+    grid, classes = table[: side**2], table[side**2 :]
+    if side != target:
+        matrix = spline_matrix(
+            _geometric_positions(side, target),
+            torch.arange(target, dtype=torch.float64) - target // 2,
+        )
+        square = grid.double().view(side, side, -1)
+        square = torch.einsum("yi,xj,ijh->yxh", matrix, matrix, square)
+        grid = square.reshape(target**2, -1).to(table.dtype)
+    if not extra:
+        classes = table.new_zeros(CLASS_DISTANCES, table.shape[1])
+    return torch.cat((grid, classes)) if target_extra else grid
+
+
+def _table_side(rows: int) -> tuple[int, int]:
+    """Side of the square and number of rows after it."""
+    for extra in (0, CLASS_DISTANCES):
+        side = math.isqrt(max(rows - extra, 0))
+        if side % 2 == 1 and side**2 == rows - extra:
+            return side, extra
+    raise ValueError(
+        f"relative_position_bias_table: expected (2 n - 1)^2 rows, or 3 more, got {rows}"
+    )
+
+
+def _geometric_positions(side: int, target: int) -> Tensor:
+    """Symmetric positions with steps q, q^2, ... after the first, which is 1.
+
+    The ratio is searched to 1e-6 between the published bounds; the last one tried is used.
+    """
+    half = side // 2
+    low, high = 1.01, 1.5
+    ratio = low
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**half) / (1 - ratio) > target // 2:
+            high = ratio
+        else:
+            low = ratio
+    steps = ratio ** torch.arange(half, dtype=torch.float64)
+    positive = steps.cumsum(0)
+    return torch.cat((-positive.flip(0), positive.new_zeros(1), positive))
+
+
+def spline_matrix(positions: Tensor, points: Tensor) -> Tensor:
+    """The cubic interpolating spline as a matrix: values at `points` from values at `positions`.
+
+    Its knots are the positions without the second and the last but one (not-a-knot). Points outside
+    are moved to the nearest end.
+
+    Args:
+        positions: [n], increasing, n >= 4, float64.
+        points: [m], float64.
+
+    Returns:
+        [m, n], float64.
+    """
+    first, last = positions[:1], positions[-1:]
+    knots = torch.cat((first.expand(4), positions[2:-2], last.expand(4)))
+    inside = points.clamp(positions[0], positions[-1])
+    values = _cubic_basis(knots, inside)
+    return torch.linalg.solve(_cubic_basis(knots, positions), values, left=False)
+
+
+def _cubic_basis(knots: Tensor, points: Tensor) -> Tensor:
+    """Cubic B-splines at points (de Boor's recurrence): [points, knots - 4]."""
+    x = points[:, None]
+    # The last interval that is not empty is closed at its end.
+    upper = torch.where(knots[1:] == knots[-1], knots[1:] + 1, knots[1:])
+    basis = ((x >= knots[:-1]) & (x < upper) & (knots[:-1] < knots[1:])).double()
+    for degree in range(1, 4):
+        span = knots[degree:] - knots[:-degree]
+        share = torch.where(span > 0, (x - knots[:-degree]) / span.clamp(min=1e-300), 0.0)
+        basis = share[:, :-1] * basis[:, :-1] + (1 - share[:, 1:]) * basis[:, 1:] * (span[1:] > 0)
+    return basis
