@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +36,16 @@ def require_cuda() -> None:
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
         pytest.skip("needs a GPU")
+
+
+def require_integration(module: str) -> ModuleType:
+    """Imports another project, or skips; with REQUIRE_INTEGRATIONS=1 it must be there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as missing:
+        if os.environ.get("REQUIRE_INTEGRATIONS") == "1":
+            pytest.fail(f"REQUIRE_INTEGRATIONS=1, and {module} is not importable: {missing}")
+        pytest.skip(f"needs {module.split('.')[0]}: {missing}")
 
 
 def _backends() -> list[tuple[str, str]]:

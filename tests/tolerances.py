@@ -22,6 +22,13 @@ DEFINITION_ULPS = 16.0
 # over 36 shapes in three instruction sets: at most 4.8 units.
 CPU_FP64_ULPS = 8.0
 
+# A model's module against the project's own: gradients of parameters are sums over all queries, in
+# which whoever rounds luckily wins. Measured over the modules of tests/integrations: at most 7 units.
+DROP_IN_ULPS = 16.0
+
+# ... and in fp64, where both sum a hundred products through four Linear layers in their own order.
+DROP_IN_FP64_ULPS = 256.0
+
 # Another implementation's output against ours, as a share of the largest value, beyond which a
 # benchmark says that they disagree. Loose: one that computes locations in bf16 is off by a quarter
 # of a pixel on large maps, which is its users' concern; wrong levels or axes are off by far more.
@@ -32,7 +39,9 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+def assert_as_accurate_as_eager(
+    name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: float = FLOOR_ULPS
+) -> None:
     """Holds `got` to EAGER_FACTOR times the error of `eager`; `exact` is fp64."""
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
     assert got.isfinite().all(), f"{name}: not finite"
@@ -40,7 +49,7 @@ def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Te
         return
     error = (got.double() - exact).abs().max().item()
     eager_error = (eager.double() - exact).abs().max().item()
-    floor = FLOOR_ULPS * eps(got.dtype) * exact.abs().max().item()
+    floor = ulps * eps(got.dtype) * exact.abs().max().item()
     assert error <= EAGER_FACTOR * eager_error + floor, (
         f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}, floor {floor:.3g}"
     )
