@@ -156,8 +156,9 @@ def attend_with_weights(
     padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and the weights [B, Q, M, sum(num_points)] in the dtype that softmax would give."""
-    if torch.is_autocast_enabled(value.device.type) and attention_logits.dtype != torch.float64:
-        attention_logits = attention_logits.float()  # as autocast does before a softmax
+    # As autocast does before a softmax, except on CPUs.
+    if value.device.type != "cpu" and torch.is_autocast_enabled(value.device.type):
+        attention_logits = attention_logits.to(compute_dtype(attention_logits.dtype))
     return _attend(
         value,
         spatial_shapes,

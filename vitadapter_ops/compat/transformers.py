@@ -146,7 +146,7 @@ def _forward(
     )
 
 
-def _forward_true_is_padding(
+def _forward_oneformer(
     self: nn.Module,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
@@ -155,9 +155,9 @@ def _forward_true_is_padding(
     position_embeddings: Tensor | None = None,
     reference_points: Tensor | None = None,
     spatial_shapes: Tensor | None = None,
-    spatial_shapes_list: list[tuple[int, int]] | None = None,
     level_start_index: Tensor | None = None,
     output_attentions: bool = False,
+    spatial_shapes_list: list[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """OneFormer's module, whose `attention_mask` is True where the value is padding."""
@@ -264,7 +264,7 @@ _TABLE = (
     _Model("mask2former", _forward_mask2former),
     _Model("mm_grounding_dino"),
     _Model("omdet_turbo"),
-    _Model("oneformer", _forward_true_is_padding),
+    _Model("oneformer", _forward_oneformer),
     _Model("pp_doclayout_v2"),
     _Model("pp_doclayout_v3"),
     _Model("pp_doclayout_v4"),
