@@ -55,7 +55,9 @@ class _Writer:
 
     def __init__(self, onnxscript: Any, plugin: bool) -> None:
         self.op = onnxscript.opset20
-        self.tensorrt = onnxscript.values.Op(onnxscript.values.Opset("trt.plugins", 1), PLUGIN)
+        self.tensorrt = onnxscript.values.Op(
+            onnxscript.values.Opset("trt.plugins", 1), PLUGIN, op_schema=_plugin_schema()
+        )
         self.plugin = plugin
 
         # The exporter reads which arguments are attributes off the annotations, and takes no
@@ -216,6 +218,26 @@ class _Writer:
             op.CastLike(self._flat(locations, (0, 0, 0, levels, count, 2)), value),
             op.CastLike(self._flat(weights, (0, 0, 0, levels, count)), value),
         )
+
+
+def _plugin_schema() -> Any:
+    defs = importlib.import_module("onnx.defs")
+    tensor, integers = ["tensor(float)", "tensor(float16)"], "tensor(int32)"
+    types = {
+        "value": "T",
+        "spatial_shapes": integers,
+        "level_start_index": integers,
+        "sampling_locations": "T",
+        "attention_weights": "T",
+    }
+    return defs.OpSchema(
+        PLUGIN,
+        "trt.plugins",
+        1,
+        inputs=[defs.OpSchema.FormalParameter(name, kind) for name, kind in types.items()],
+        outputs=[defs.OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", tensor, "")],
+    )
 
 
 def _width(value: Any) -> tuple[int, int]:
