@@ -20,13 +20,16 @@ LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
 
-.PHONY: bench bench-op bench-rivals test sanitize lint format wheel clean FORCE
+.PHONY: bench bench-op bench-fused bench-rivals test sanitize lint format wheel clean FORCE
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
 
 bench-op: .venv/installed
 	$(BIN)/python benchmarks/op.py $(ARGS)
+
+bench-fused: .venv/installed
+	$(BIN)/python benchmarks/fused.py $(ARGS)
 
 # Compiled here, against the installed torch: seconds for the first, about 15 minutes for the second.
 # Each is optional.

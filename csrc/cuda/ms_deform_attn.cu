@@ -26,16 +26,18 @@ cudaStream_t current_stream() {
 // limit. The caller has set the device and knows that there is work: a grid of 0 blocks is an
 // error.
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t total, int threads, const Params& params) {
+void launch(void (*kernel)(Params), int64_t total, int threads, const Params& params,
+            int64_t memory = 0) {
   const int64_t blocks = std::min<int64_t>((total + threads - 1) / threads, 0x7fffffff);
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, current_stream()>>>(params);
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(memory), current_stream()>>>(
+      params);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // Whether every corner can be read as packs of `vec` channels: the width divides, and all addresses
 // are multiples of the pack's size.
-template <typename value_t, typename loc_t>
-bool can_pack(const ForwardParams<value_t, loc_t>& p, int64_t vec) {
+template <typename value_t, typename Points>
+bool can_pack(const ForwardParams<value_t, Points>& p, int64_t vec) {
   const auto aligned = [&](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % (vec * sizeof(value_t)) == 0;
   };
@@ -53,22 +55,34 @@ struct Cuda {
   using grad_t = acc_t<value_t>;
   static constexpr bool kAddsToGradient = true;
 
-  template <typename value_t, typename loc_t>
-  static void forward(const ForwardParams<value_t, loc_t>& p) {
+  template <typename value_t, typename Points>
+  static void forward(const ForwardParams<value_t, Points>& p) {
     constexpr int kVec = 16 / sizeof(value_t);
     const int64_t elements = p.problem.rows() * p.problem.channels;
     if (can_pack(p, kVec)) {
-      launch(ms_deform_attn_forward_kernel<value_t, loc_t, kVec>, elements / kVec, kForwardThreads,
+      launch(ms_deform_attn_forward_kernel<value_t, Points, kVec>, elements / kVec, kForwardThreads,
              p);
     } else {
-      launch(ms_deform_attn_forward_kernel<value_t, loc_t, 1>, elements, kForwardThreads, p);
+      launch(ms_deform_attn_forward_kernel<value_t, Points, 1>, elements, kForwardThreads, p);
     }
   }
 
-  template <typename value_t, typename loc_t>
-  static void backward(const BackwardParams<value_t, loc_t, acc_t<value_t>>& p) {
-    launch(ms_deform_attn_backward_kernel<value_t, loc_t>, p.problem.rows() * kWarp,
-           kBackwardThreads, p);
+  template <typename value_t, typename Points>
+  static void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& p) {
+    // 48 KiB is what a block may have without asking; with very many points blocks get smaller.
+    constexpr int64_t kMemory = 48 << 10;
+    int threads = kBackwardThreads;
+    int64_t memory = 0;
+    if (RowGradients<Points>::kNeedsMemory) {
+      const int64_t each = p.problem.points * static_cast<int64_t>(sizeof(acc_t<value_t>));
+      STD_TORCH_CHECK(each <= kMemory, "sampling_offsets: the CUDA backward takes at most ",
+                      kMemory / static_cast<int64_t>(sizeof(acc_t<value_t>)),
+                      " points for each query and head, got ", p.problem.points);
+      while (threads > kWarp && threads / kWarp * each > kMemory) threads /= 2;
+      memory = threads / kWarp * each;
+    }
+    launch(ms_deform_attn_backward_kernel<value_t, Points>, p.problem.rows() * kWarp, threads, p,
+           memory);
   }
 };
 
@@ -76,7 +90,10 @@ struct Cuda {
 }  // namespace vitadapter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_ops, CUDA, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&vitadapter::launch_forward<vitadapter::cuda::Cuda>));
-  m.impl("ms_deform_attn_backward",
-         TORCH_BOX(&vitadapter::launch_backward<vitadapter::cuda::Cuda>));
+  using vitadapter::cuda::Cuda;
+  m.impl("ms_deform_attn", TORCH_BOX(&vitadapter::launch_forward<Cuda>));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&vitadapter::launch_backward<Cuda>));
+  m.impl("ms_deform_attn_from_offsets", TORCH_BOX(&vitadapter::launch_forward_from_offsets<Cuda>));
+  m.impl("ms_deform_attn_from_offsets_backward",
+         TORCH_BOX(&vitadapter::launch_backward_from_offsets<Cuda>));
 }

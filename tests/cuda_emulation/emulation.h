@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Enough of CUDA's execution model to run the kernels of csrc/cuda on the host, unchanged: a grid
-// of blocks, warps of 32 lanes that exchange values through shuffles, atomics. Include it before a
-// .cuh.
+// of blocks, warps of 32 lanes that exchange values through shuffles, memory of a block, atomics.
+// Include it before a .cuh.
 //
 // Every thread of a block is a fiber with its own stack; blocks run one after the other. A shuffle
 // stores the lane's value and waits until all lanes of its mask have stored theirs. Waiting that
@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -25,6 +26,14 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+// What a kernel declares as its dynamic shared memory, one block's at a time.
+namespace vitadapter::cuda {
+constexpr size_t kBlockMemory = 48 << 10;
+__attribute__((aligned(16))) inline unsigned char vitadapter_block_memory[kBlockMemory];
+}  // namespace vitadapter::cuda
 
 namespace emulation {
 
@@ -97,6 +106,8 @@ void launch(void (*kernel)(Params), unsigned blocks, unsigned threads, const Par
   block_size = {threads, 1, 1};
   for (unsigned b = 0; b < blocks; ++b) {
     block_index = {b, 0, 0};
+    // NaN, so that reading what was never written shows.
+    std::memset(vitadapter::cuda::vitadapter_block_memory, 0xff, vitadapter::cuda::kBlockMemory);
     Block current;
     current.fibers = std::vector<Fiber>(threads);
     current.warps.resize((threads + 31) / 32);
@@ -118,10 +129,11 @@ void launch(void (*kernel)(Params), unsigned blocks, unsigned threads, const Par
   }
 }
 
+// The value of lane `source`, from every lane of `mask`.
 template <typename T>
-T shuffle_xor(uint32_t mask, T value, int lane_mask) {
+T shuffle(uint32_t mask, T value, unsigned source) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
-  const unsigned lane = thread_index.x % 32, source = lane ^ static_cast<unsigned>(lane_mask);
+  const unsigned lane = thread_index.x % 32;
   Warp& warp = block->warps[thread_index.x / 32];
   if (!(mask >> lane & 1u)) throw std::runtime_error("a lane shuffles outside its mask");
   if (source >= 32 || !(mask >> source & 1u)) {
@@ -151,8 +163,15 @@ T shuffle_xor(uint32_t mask, T value, int lane_mask) {
 
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int lane_mask) {
-  return emulation::shuffle_xor(mask, value, lane_mask);
+  return emulation::shuffle(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(lane_mask));
 }
+
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int source) {
+  return emulation::shuffle(mask, value, static_cast<unsigned>(source));
+}
+
+inline void __syncwarp() { emulation::shuffle(0xffffffffu, 0, threadIdx.x % 32); }
 
 template <typename T>
 T atomicAdd(T* address, T value) {

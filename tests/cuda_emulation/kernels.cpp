@@ -11,19 +11,23 @@
 namespace {
 
 using namespace vitadapter;
+using Numbers = std::vector<int64_t>;
+using Addresses = std::vector<uintptr_t>;
 
-Problem make_problem(const std::vector<int64_t>& sizes, const std::vector<int64_t>& levels) {
+// sizes: B, S, Q, M, D; levels: height, width, first pixel and points of each.
+Problem make_problem(const Numbers& sizes, const Numbers& levels) {
   Problem p{};
   p.batch = sizes[0];
   p.pixels = sizes[1];
   p.queries = sizes[2];
   p.heads = sizes[3];
   p.channels = sizes[4];
-  p.points = sizes[5];
-  p.levels = static_cast<int>(levels.size() / 3);
+  p.levels = static_cast<int>(levels.size() / 4);
   for (int l = 0; l < p.levels; ++l) {
-    p.level[l] = Level{static_cast<int32_t>(levels[3 * l]), static_cast<int32_t>(levels[3 * l + 1]),
-                       levels[3 * l + 2]};
+    const int64_t* level = &levels[4 * l];
+    p.level[l] = Level{static_cast<int32_t>(level[0]), static_cast<int32_t>(level[1]), level[2],
+                       static_cast<int32_t>(p.points), static_cast<int32_t>(level[3])};
+    p.points += level[3];
   }
   return p;
 }
@@ -33,46 +37,89 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Where points come from: addresses, and for Offsets the strides over B and Q of offsets and logits
+// and the sizes B, L and width of the reference.
+template <typename point_t>
+void read(Located<point_t>& p, const Addresses& points, const Numbers&) {
+  p = {at<point_t>(points[0]), at<point_t>(points[1])};
+}
+template <typename point_t>
+void read(Offsets<point_t>& p, const Addresses& points, const Numbers& layout) {
+  using acc = acc_t<point_t>;
+  p.offsets = at<point_t>(points[0]);
+  p.logits = at<point_t>(points[1]);
+  p.reference = at<acc>(points[2]);
+  p.scale = at<acc>(points[3]);
+  p.offset = {layout[0], layout[1]};
+  p.logit = {layout[2], layout[3]};
+  p.reference_levels = static_cast<int>(layout[5]);
+  p.width = static_cast<int>(layout[6]);
+  p.reference_l = p.reference_levels == 1 ? 0 : p.width;
+  p.reference_b = layout[4] == 1 ? 0 : layout[7] * p.reference_levels * p.width;
+}
+
+template <typename point_t>
+void write(LocatedGradients<point_t>& p, const Addresses& grads) {
+  p = {at<point_t>(grads[0]), at<point_t>(grads[1])};
+}
+template <typename point_t>
+void write(OffsetsGradients<point_t>& p, const Addresses& grads) {
+  p = {at<point_t>(grads[0]), at<point_t>(grads[1]), at<acc_t<point_t>>(grads[2]),
+       at<point_t>(grads[3])};
+}
+
 // A grid smaller than the work, so that the kernels have to stride.
 constexpr unsigned kBlocks = 3;
 
-template <typename value_t, typename loc_t>
-void forward(const std::vector<int64_t>& sizes, const std::vector<int64_t>& levels,
-             const std::vector<int64_t>& strides, const std::vector<uintptr_t>& pointers,
-             bool packed) {
-  const ForwardParams<value_t, loc_t> p{
-      make_problem(sizes, levels), at<value_t>(pointers[0]), {strides[0], strides[1], strides[2]},
-      at<loc_t>(pointers[1]),      at<loc_t>(pointers[2]),   at<value_t>(pointers[3])};
+template <typename value_t, typename Points>
+void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
+             const Numbers& layout, const Addresses& points, const Addresses& rest, bool packed) {
+  ForwardParams<value_t, Points> p{};
+  p.problem = make_problem(sizes, levels);
+  p.value = at<value_t>(rest[0]);
+  p.stride = {strides[0], strides[1], strides[2]};
+  p.mask = at<bool>(rest[1]);
+  read(p.points, points, layout);
+  p.out = at<value_t>(rest[2]);
+  p.weights = at<typename Points::point_t>(rest[3]);
   constexpr int kVec = 16 / sizeof(value_t);
-  const auto kernel = packed ? cuda::ms_deform_attn_forward_kernel<value_t, loc_t, kVec>
-                             : cuda::ms_deform_attn_forward_kernel<value_t, loc_t, 1>;
+  const auto kernel = packed ? cuda::ms_deform_attn_forward_kernel<value_t, Points, kVec>
+                             : cuda::ms_deform_attn_forward_kernel<value_t, Points, 1>;
   emulation::launch(kernel, kBlocks, cuda::kForwardThreads, p);
 }
 
-template <typename value_t, typename loc_t>
-void backward(const std::vector<int64_t>& sizes, const std::vector<int64_t>& levels,
-              const std::vector<int64_t>& strides, const std::vector<uintptr_t>& pointers) {
-  const BackwardParams<value_t, loc_t, acc_t<value_t>> p{
-      make_problem(sizes, levels),          at<value_t>(pointers[0]), at<value_t>(pointers[1]),
-      {strides[0], strides[1], strides[2]}, at<loc_t>(pointers[2]),   at<loc_t>(pointers[3]),
-      at<acc_t<value_t>>(pointers[4]),      at<loc_t>(pointers[5]),   at<loc_t>(pointers[6])};
-  emulation::launch(cuda::ms_deform_attn_backward_kernel<value_t, loc_t>, kBlocks,
+template <typename value_t, typename Points>
+void backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
+              const Numbers& layout, const Addresses& points, const Addresses& rest,
+              const Addresses& grads) {
+  BackwardParams<value_t, Points, acc_t<value_t>> p{};
+  p.problem = make_problem(sizes, levels);
+  p.value = at<value_t>(rest[0]);
+  p.stride = {strides[0], strides[1], strides[2]};
+  p.mask = at<bool>(rest[1]);
+  read(p.points, points, layout);
+  p.grad_out = at<value_t>(rest[2]);
+  p.grad_value = at<acc_t<value_t>>(rest[3]);
+  write(p.grads, grads);
+  emulation::launch(cuda::ms_deform_attn_backward_kernel<value_t, Points>, kBlocks,
                     cuda::kBackwardThreads, p);
+}
+
+template <typename value_t, typename point_t>
+void define(pybind11::module_& m, const std::string& dtypes) {
+  m.def(("forward_" + dtypes).c_str(), &forward<value_t, Located<point_t>>);
+  m.def(("backward_" + dtypes).c_str(), &backward<value_t, Located<point_t>>);
+  m.def(("offsets_forward_" + dtypes).c_str(), &forward<value_t, Offsets<point_t>>);
+  m.def(("offsets_backward_" + dtypes).c_str(), &backward<value_t, Offsets<point_t>>);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(emulated_kernels, m) {
-  m.def("forward_fp64", &forward<double, double>);
-  m.def("forward_fp32", &forward<float, float>);
-  m.def("forward_fp16", &forward<float16, float16>);
-  m.def("forward_bf16", &forward<bfloat16, bfloat16>);
-  m.def("forward_fp16_points_fp32", &forward<float16, float>);
-  m.def("forward_bf16_points_fp32", &forward<bfloat16, float>);
-  m.def("backward_fp64", &backward<double, double>);
-  m.def("backward_fp32", &backward<float, float>);
-  m.def("backward_fp16", &backward<float16, float16>);
-  m.def("backward_bf16", &backward<bfloat16, bfloat16>);
-  m.def("backward_fp16_points_fp32", &backward<float16, float>);
-  m.def("backward_bf16_points_fp32", &backward<bfloat16, float>);
+  define<double, double>(m, "fp64");
+  define<float, float>(m, "fp32");
+  define<float16, float16>(m, "fp16");
+  define<bfloat16, bfloat16>(m, "bf16");
+  define<float16, float>(m, "fp16_points_fp32");
+  define<bfloat16, float>(m, "bf16_points_fp32");
 }

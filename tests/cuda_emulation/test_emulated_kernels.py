@@ -50,9 +50,13 @@ def kernels(tmp_path_factory):
     return build(tmp_path_factory.mktemp("emulation"), _extension.source_dir())
 
 
-def levels_of(inputs):
-    pairs = zip(inputs.spatial_shapes, inputs.starts, strict=True)
-    return [number for (height, width), start in pairs for number in (height, width, start)]
+def levels_of(inputs, starts, points):
+    rows = zip(inputs.spatial_shapes, starts, points, strict=True)
+    return [number for size, start, count in rows for number in (*size, start, count)]
+
+
+def address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)):
@@ -60,28 +64,63 @@ def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)
     value, locations, weights = inputs.tensors
     batch, pixels, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
-    sizes = [batch, pixels, queries, heads, channels, points]
-    levels, strides = levels_of(inputs), list(value.stride()[:3])
+    sizes = [batch, pixels, queries, heads, channels]
+    levels = levels_of(inputs, inputs.starts, [points] * len(inputs.spatial_shapes))
+    shape = [sizes, levels, list(value.stride()[:3]), []]
+    where = [address(locations), address(weights)]
     nan = float("nan")
     out = torch.full((batch, queries, heads * channels), nan, dtype=value.dtype)
-    pointers = [t.data_ptr() for t in (value, locations, weights, out)]
-    getattr(kernels, f"forward_{dtypes}")(sizes, levels, strides, pointers, packed)
+    rest = [address(value), 0, address(out), 0]
+    getattr(kernels, f"forward_{dtypes}")(*shape, where, rest, packed)
     compute = torch.float64 if value.dtype == torch.float64 else torch.float32
     grads = [
         torch.zeros(batch, pixels, heads, channels, dtype=compute),
         torch.full_like(locations, nan),
         torch.full_like(weights, nan),
     ]
-    inputs_of_backward = (cotangent, value, locations, weights)
-    pointers = [t.data_ptr() for t in inputs_of_backward]
-    pointers += [t.data_ptr() if need else 0 for t, need in zip(grads, needs, strict=True)]
-    getattr(kernels, f"backward_{dtypes}")(sizes, levels, strides, pointers)
+    wanted = [address(t) if need else 0 for t, need in zip(grads, needs, strict=True)]
+    rest = [address(value), 0, address(cotangent), wanted[0]]
+    getattr(kernels, f"backward_{dtypes}")(*shape, where, rest, wanted[1:])
     grads[0] = grads[0].to(value.dtype)
     return [out, *grads]
 
 
+def emulate_offsets(kernels, dtypes, inputs, cotangents, packed=False):
+    """As `emulate`, for the fused operator; to what gate.OFFSET_NAMES lists."""
+    value, reference, offsets, logits = inputs.tensors
+    batch, pixels, heads, channels = value.shape
+    queries = offsets.shape[1]
+    starts = cases.first_pixels(inputs.spatial_shapes, inputs.level_start_index)
+    sizes = [batch, pixels, queries, heads, channels]
+    levels = levels_of(inputs, starts, inputs.points_per_level)
+    layout = [*offsets.stride()[:2], *logits.stride()[:2]]
+    layout += [reference.shape[0], *reference.shape[2:], queries]
+    shape = [sizes, levels, list(value.stride()[:3]), layout]
+    where = [address(t) for t in (offsets, logits, reference, inputs.offset_scale)]
+    nan, mask = float("nan"), inputs.padding_mask
+    out = torch.full((batch, queries, heads * channels), nan, dtype=value.dtype)
+    weights = torch.full_like(logits, nan)
+    rest = [address(value), address(mask), address(out), address(weights)]
+    getattr(kernels, f"offsets_forward_{dtypes}")(*shape, where, rest, packed)
+    compute = reference.dtype
+    grad_value = torch.zeros(batch, pixels, heads, channels, dtype=compute)
+    by_head = torch.full((batch, queries, heads, *reference.shape[2:]), nan, dtype=compute)
+    grad_offsets, grad_logits = torch.full_like(offsets, nan), torch.full_like(logits, nan)
+    grads = [address(t) for t in (grad_offsets, grad_logits, by_head, cotangents[1])]
+    rest = [address(value), address(mask), address(cotangents[0]), address(grad_value)]
+    getattr(kernels, f"offsets_backward_{dtypes}")(*shape, where, rest, grads)
+    grad_reference = by_head.sum(2)
+    if reference.shape[0] == 1:
+        grad_reference = grad_reference.sum(0, keepdim=True)
+    return [out, weights, grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits]
+
+
 def check(kernels, case, dtypes, packed=False):
     gate.check(case, dtypes, lambda *args: emulate(kernels, dtypes, *args, packed))
+
+
+def check_offsets(kernels, case, dtypes, packed=False):
+    gate.check_offsets(case, dtypes, lambda *args: emulate_offsets(kernels, dtypes, *args, packed))
 
 
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
@@ -94,6 +133,18 @@ def test_equals_the_reference(kernels, case, dtypes):
 @pytest.mark.parametrize("channels", [8, 16, 24, 64])
 def test_packed_loads_equal_the_reference(kernels, channels, dtypes):
     check(kernels, cases.Case("packed", ((5, 7), (3, 4)), channels=channels), dtypes, packed=True)
+
+
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+@pytest.mark.parametrize("case", cases.OFFSETS, ids=str)
+def test_fused_kernels_equal_the_reference(kernels, case, dtypes):
+    check_offsets(kernels, case, dtypes)
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_fused_kernels_with_packed_loads_equal_the_reference(kernels, dtypes):
+    case = next(case for case in cases.OFFSETS if case.name == "unequal-points")
+    check_offsets(kernels, case, dtypes, packed=True)
 
 
 def test_gradients_that_are_not_needed_are_not_written(kernels):
@@ -145,13 +196,38 @@ MUTATIONS = {
     ),
     "a lane that leaves early": (
         "cuda/backward.cuh",
-        "const int64_t m = row % n.heads",
-        "if (lane == 31) return;\n    const int64_t m = row % n.heads",
+        "const RowIndex index(n, r);",
+        "if (lane == 31) return;\n    const RowIndex index(n, r);",
     ),
     "gradient without the attention weight": (
         "cuda/backward.cuh",
-        "const acc w = attention * f.wy[k / 2] * f.wx[k % 2];",
-        "const acc w = f.wy[k / 2] * f.wx[k % 2];",
+        "const acc w = attention * f.wy[i / 2] * f.wx[i % 2];",
+        "const acc w = f.wy[i / 2] * f.wx[i % 2];",
+    ),
+    "softmax without its sum": (
+        "cuda/points.cuh",
+        "exponential(to_acc(logits_[k]) - most_) * scale_",
+        "exponential(to_acc(logits_[k]) - most_)",
+    ),
+    "the mean of a lane that has none": (
+        "cuda/points.cuh",
+        "__shfl_sync(0xffffffffu, mean_, 0)",
+        "__shfl_sync(0xffffffffu, mean_, 1)",
+    ),
+    "a level that keeps another's reference": (
+        "cuda/points.cuh",
+        "if (l > 0 && p_.reference_l == 0) return;",
+        "if (l > 0) return;",
+    ),
+    "a mask of another image": (
+        "cuda/backward.cuh",
+        "p.mask == nullptr ? nullptr : p.mask + b * n.pixels;",
+        "p.mask;",
+    ),
+    "one warp's memory for all": (
+        "cuda/backward.cuh",
+        "block_memory<acc>() + threadIdx.x / kWarp * n.points",
+        "block_memory<acc>()",
     ),
 }
 
@@ -172,6 +248,7 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
         "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]))\n"
         "try:\n"
         "    t.check(kernels, cases.SMALL[5], 'fp32')\n"
+        "    t.check_offsets(kernels, cases.OFFSETS[3], 'fp32')\n"
         "except (AssertionError, RuntimeError) as error:\n"
         "    print('caught:', error)\n"
     )

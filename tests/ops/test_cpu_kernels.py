@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cases
+import gate
 import oracles
 from tolerances import CPU_FP64_ULPS, assert_as_accurate_as_eager, assert_same_definition
 from vitadapter_ops import _extension, available_backends, explain_backend, ms_deform_attn
@@ -107,6 +108,47 @@ def test_same_bits_for_any_number_of_threads(case, dtypes, threads):
             got = run(inputs, cotangent, wanted=wanted)
             for name, a, b in zip(NAMES, got, expected, strict=True):
                 assert a is None or torch.equal(a, b), f"{name}, {number} threads, wanted: {what}"
+
+
+# With copies of value and, where queries are few, without; with masks, boxes, and several spans of
+# channels.
+SHARED_OFFSETS = (
+    cases.OffsetCase("packed", LEVELS, (4, 2), 2, 150, 8, 32, masked=True),
+    cases.OffsetCase("read-in-place", ((30, 40), (15, 20)), (4, 2), 1, 90, 3, 40, masked=True),
+    cases.OffsetCase("one-plane", ((9, 8),), (8,), 1, 1000, 1, 71, boxes=True, scaled=True),
+)
+
+
+@pytest.mark.parametrize("dtypes", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("case", SHARED_OFFSETS, ids=str)
+def test_fused_same_bits_for_any_number_of_threads(case, dtypes, threads):
+    dtype, points = cases.DTYPES[dtypes]
+    inputs = case.inputs().to(dtype, points=points)
+    cotangents = [cotangent_of(case), torch.randn(inputs.attention_logits.shape)]
+    threads(1)
+    expected = gate.run_offsets(gate.from_offsets("cpu"), inputs, cotangents)
+    exact = gate.run_offsets(gate.from_offsets("reference"), inputs.to(torch.float64), cotangents)
+    eager = gate.run_offsets(oracles.from_offsets, inputs, cotangents)
+    for name, a, b, c in zip(gate.OFFSET_NAMES, expected, eager, exact, strict=True):
+        assert_as_accurate_as_eager(name, a, b, c)
+    for number in (2, 8):
+        threads(number)
+        got = gate.run_offsets(gate.from_offsets("cpu"), inputs, cotangents)
+        for name, a, b in zip(gate.OFFSET_NAMES, got, expected, strict=True):
+            assert torch.equal(a, b), f"{name}, {number} threads"
+
+
+@pytest.mark.parametrize("points", [1, 3, 4, 7, 12, 16, 17, 40])
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+def test_softmax_of_any_length(points, dtypes):
+    dtype, stored = cases.DTYPES[dtypes]
+    case = cases.OffsetCase("softmax", ((3, 4),), (points,), 1, 50, 2)
+    inputs = case.inputs(stored=stored).to(dtype, points=stored)
+    logits = (inputs.attention_logits * 30).requires_grad_()
+    value, reference, offsets, _ = inputs.tensors
+    _, weights = gate.from_offsets("cpu")(inputs, value, reference, offsets, logits)
+    exact = logits.double().softmax(-1)
+    assert_as_accurate_as_eager("weights", weights, logits.softmax(-1), exact)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 import cases
-from vitadapter_ops import BackendUnavailable, MSDeformAttn, explain_backend, ms_deform_attn
+from vitadapter_ops import (
+    BackendUnavailable,
+    MSDeformAttn,
+    explain_backend,
+    ms_deform_attn,
+    ms_deform_attn_from_offsets,
+)
 
 CASE = cases.Case("errors", ((4, 6), (2, 3)))
 
@@ -169,6 +175,156 @@ def test_raw_operator_never_reads_out_of_bounds():
             op(value, shapes, starts, locations, weights)
 
 
+OFFSET_CASE = cases.OffsetCase("errors", ((4, 6), (2, 3)), (4, 4), boxes=True, masked=True)
+
+
+def call_from_offsets(**changes):
+    inputs = OFFSET_CASE.inputs().to(torch.float32)
+    arguments = {
+        "value": inputs.value,
+        "spatial_shapes": inputs.spatial_shapes,
+        "reference_points": inputs.reference_points,
+        "sampling_offsets": inputs.sampling_offsets,
+        "attention_logits": inputs.attention_logits,
+        "padding_mask": inputs.padding_mask,
+    }
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    return ms_deform_attn_from_offsets(**arguments)
+
+
+BAD_OFFSETS = {
+    "value of rank 3": ({"value": lambda v: v.flatten(2)}, r"value: expected 4 dimensions"),
+    "levels that do not sum to S": (
+        {"spatial_shapes": [(4, 6), (2, 2)]},
+        r"spatial_shapes: expected levels with 30 pixels",
+    ),
+    "offsets with a dimension for levels": (
+        {"sampling_offsets": lambda t: t.unflatten(3, (2, 4))},
+        r"sampling_offsets: expected 5 dimensions \[B, Q, M, K, 2\], "
+        r"got shape \[2, 7, 3, 2, 4, 2\]",
+    ),
+    "offsets of another batch": (
+        {"sampling_offsets": lambda t: t[:1]},
+        r"sampling_offsets: expected \[2, 7, 3, 8, 2\] \(from value\), got \[1, 7, 3, 8, 2\]",
+    ),
+    "logits for other points": (
+        {"attention_logits": lambda t: t[..., :7]},
+        r"attention_logits: expected \[2, 7, 3, 8\] \(from sampling_offsets\), "
+        r"got \[2, 7, 3, 7\]",
+    ),
+    "references of width 3": (
+        {"reference_points": lambda t: t[..., :3]},
+        r"reference_points: expected \[2 or 1, 7, 2 or 1, 2 or 4\], got \[2, 7, 2, 3\]",
+    ),
+    "references without levels": (
+        {"reference_points": lambda t: t[:, :, 0]},
+        r"reference_points: expected 4 dimensions \[B or 1, Q, L or 1, 2 or 4\]",
+    ),
+    "references of other queries": (
+        {"reference_points": lambda t: t[:, :5]},
+        r"reference_points: expected \[2 or 1, 7, 2 or 1, 2 or 4\], got \[2, 5, 2, 4\]",
+    ),
+    "integer offsets": (
+        {"sampling_offsets": lambda t: t.long()},
+        r"sampling_offsets: expected dtype float32, float16, bfloat16 .* got int64",
+    ),
+    "fp64 logits beside an fp32 value": (
+        {"attention_logits": lambda t: t.double()},
+        r"attention_logits: expected dtype float32, float16, bfloat16 \(beside a float32 value\), "
+        r"got float64",
+    ),
+    "mixed devices": (
+        {"attention_logits": lambda t: t.to("meta")},
+        r"attention_logits: expected device cpu \(from value\), got meta",
+    ),
+    "a mask of floats": (
+        {"padding_mask": lambda m: m.float()},
+        r"padding_mask: expected dtype bool \(True where value is padding\), got float32",
+    ),
+    "a mask of another size": (
+        {"padding_mask": lambda m: m[:, :29]},
+        r"padding_mask: expected \[2, 30\] \(from B, S of value\), got \[2, 29\]",
+    ),
+    "points that do not add up": (
+        {"points_per_level": [4, 3]},
+        r"points_per_level: expected 2 numbers .* that add up to 8 "
+        r"\(sampling_offsets.shape\[3\]\), got \[4, 3\]",
+    ),
+    "points of another number of levels": (
+        {"points_per_level": [8]},
+        r"points_per_level: expected 2 numbers .* got \[8\]",
+    ),
+    "negative points": ({"points_per_level": [9, -1]}, r"points_per_level: .* got \[9, -1\]"),
+    "points that levels cannot share": (
+        {
+            "sampling_offsets": lambda t: t[:, :, :, :7],
+            "attention_logits": lambda t: t[..., :7],
+        },
+        r"sampling_offsets: expected a multiple of 2 points .* got 7",
+    ),
+    "a scale beside points": (
+        {"reference_points": lambda t: t[..., :2], "offset_scale": 0.5},
+        r"offset_scale: expected None beside reference_points of width 2 .* got 0.5",
+    ),
+    "a scale for other points": (
+        {"offset_scale": torch.ones(7)},
+        r"offset_scale: expected \[8\] \(from one for each point of sampling_offsets\), got \[7\]",
+    ),
+    "a scale that is not a number": (
+        {"offset_scale": float("nan")},
+        r"offset_scale: expected a finite number, got nan",
+    ),
+    "unknown backend": ({"backend": "gpu"}, r"backend: expected one of auto, .* got 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OFFSETS)
+def test_bad_input_of_the_fused_operator_names_the_argument(name):
+    changes, message = BAD_OFFSETS[name]
+    with pytest.raises(ValueError, match=message):
+        call_from_offsets(**changes)
+
+
+@pytest.mark.parametrize("name", ["sampling_offsets", "padding_mask", "offset_scale"])
+def test_fused_arguments_that_are_no_tensors(name):
+    with pytest.raises(TypeError, match=rf"{name}: expected .*torch.Tensor.*, got list"):
+        call_from_offsets(**{name: [1.0]})
+
+
+def test_good_input_of_the_fused_operator_passes():
+    assert call_from_offsets().shape == (2, 7, 24)
+    assert call_from_offsets(offset_scale=0.25).shape == (2, 7, 24)
+
+
+def test_raw_fused_operator_never_reads_out_of_bounds():
+    inputs = OFFSET_CASE.inputs().to(torch.float32)
+    op = torch.ops.vitadapter_ops.ms_deform_attn_from_offsets
+    good = inputs.arguments
+    assert op(*good, False)[0].shape == (2, 7, 24)
+    for index, bad in (
+        (1, [4, 6, 2, 300]),
+        (2, [0, 25]),
+        (3, [4, 5]),
+        (3, [9, -1]),
+        (4, inputs.reference_points[:, :5]),
+        (4, inputs.reference_points[..., :3]),
+        (5, inputs.sampling_offsets[:, :, :2]),
+        (6, inputs.attention_logits[..., :7]),
+        (7, inputs.padding_mask[:, :29]),
+        (7, inputs.padding_mask.float()),
+        (8, torch.ones(7)),
+    ):
+        arguments = [bad if i == index else argument for i, argument in enumerate(good)]
+        with pytest.raises((RuntimeError, ValueError)):
+            op(*arguments, False)
+
+
+def test_explain_backend_of_an_unknown_operator():
+    with pytest.raises(ValueError, match=r"op: expected one of ms_deform_attn, .* got 'attn'"):
+        explain_backend(op="attn")
+
+
 BAD_MODULES = {
     "heads that do not divide": ({"n_heads": 7}, r"n_heads: expected a divisor of d_model = 256"),
     "ratio that leaves no width": ({"ratio": 0.001}, r"int\(ratio \* d_model\) = 0"),
@@ -194,7 +350,11 @@ BAD_FORWARDS = {
     ),
     "mask": (
         {"input_padding_mask": torch.zeros(2, 29, dtype=torch.bool)},
-        r"input_padding_mask: expected \[2, 30\] \(from input_flatten\), got \[2, 29\]",
+        r"input_padding_mask: expected \[2, 30\] \(from B, S of value\), got \[2, 29\]",
+    ),
+    "mask of floats": (
+        {"input_padding_mask": torch.zeros(2, 30)},
+        r"input_padding_mask: expected dtype bool \(True where value is padding\), got float32",
     ),
 }
 

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
@@ -39,10 +40,12 @@ def test_small_shapes(case, backend, dtypes):
     gate.check_offsets_backend(case, dtypes, name, device)
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16_points_fp32"])
-@pytest.mark.parametrize("case", [cases.fused(c) for c in cases.MODEL], ids=str)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [cases.fused(c) for c in cases.MODEL[1:3]], ids=str)
 def test_vit_adapter_shapes(case, backend, dtypes):
     device, name = backend
+    if name == "reference":
+        pytest.skip("the reference sees no difference between small shapes and large ones")
     gate.check_offsets_backend(case, dtypes, name, device)
 
 
@@ -366,7 +369,7 @@ def test_second_order_gradients_are_refused(backend):
 
 def decoder_layer(feature, boxes):
     """Sizes that stay symbolic, boxes that are refined, weights that are returned."""
-    batch, channels, height, width = feature.shape
+    channels, height, width = feature.shape[1:]
     fine, coarse = feature, feature[:, :, ::2, ::2]
     shapes = [(height, width), tuple(coarse.shape[2:])]
     value = torch.cat((fine.flatten(2), coarse.flatten(2)), 2).transpose(1, 2)

@@ -119,3 +119,26 @@ def test_frozen_input_gets_no_gradient_and_parameters_do():
     assert m.value_proj.weight.grad is None
     assert query.grad.abs().sum() > 0
     assert m.sampling_offsets.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["hook", "subclass", "plain"])
+def test_projections_are_called_where_they_are_more_than_a_product(how):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    m, points = module(), torch.rand(2, 5, 1, 2)
+    query, feature = torch.randn(2, 5, 16), torch.randn(2, 30, 16)
+    doubled = module()
+    doubled.load_state_dict(m.state_dict())
+    with torch.no_grad():
+        doubled.sampling_offsets.weight *= 2
+        doubled.sampling_offsets.bias *= 2
+    expected = (m if how == "plain" else doubled)(query, points, feature, SHAPES)
+    if how == "hook":
+        m.sampling_offsets.register_forward_hook(lambda layer, args, out: 2 * out)
+    elif how == "subclass":
+        layer = Doubled(16, m.sampling_offsets.out_features)
+        layer.load_state_dict(m.sampling_offsets.state_dict())
+        m.sampling_offsets = layer
+    torch.testing.assert_close(m(query, points, feature, SHAPES), expected)
