@@ -9,7 +9,10 @@ sizes with random weights, on one image of 800 x 1066. Original and patched take
 process, and each part is timed inside the same forward pass of the whole model, so that "encoder"
 and "whole model" are of one run. Offsets and weights depend on the query, as after training.
 
-Outputs are compared first: a ratio is printed for models that agree to 1e-4 of the largest value.
+Outputs are compared first, those of the part and those of the model: a ratio is printed where they
+agree to 1e-4 of the largest value. With random weights Grounding DINO's whole model does not agree
+with itself rounded otherwise: it keeps the 900 best of 17821 nearly equal scores. Mask2Former turns
+its masks into yes and no for every layer of its decoder. What the encoders hand on agrees.
 """
 
 from __future__ import annotations
@@ -118,6 +121,7 @@ class Stopwatch:
 
     def __init__(self, module: nn.Module) -> None:
         self.seconds = 0.0
+        self.output: Any = None
         self._begin = 0.0
         module.register_forward_pre_hook(self._start)
         module.register_forward_hook(self._stop)
@@ -127,13 +131,24 @@ class Stopwatch:
 
     def _stop(self, module: nn.Module, arguments: object, output: object) -> None:
         self.seconds = time.perf_counter() - self._begin
+        self.output = output
 
 
-def difference(got: Any, expected: Any, names: Sequence[str]) -> float:
-    """The largest difference as a share of the largest expected value, over all outputs."""
+def tensors_in(output: Any) -> list[Tensor]:
+    """All floating tensors of a submodule's output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if hasattr(output, "values"):
+        output = output.values()
+    elif not isinstance(output, list | tuple):
+        return []
+    return [tensor for each in output for tensor in tensors_in(each)]
+
+
+def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference as a share of the largest expected value, over all tensors."""
     shares = []
-    for name in names:
-        mine, theirs = got[name], expected[name]
+    for mine, theirs in zip(got, expected, strict=True):
         finite = theirs.isfinite()
         error = (mine - theirs)[finite].abs().max() if mine.isfinite().equal(finite) else torch.inf
         shares.append(float(error / theirs[finite].abs().max()))
@@ -142,8 +157,8 @@ def difference(got: Any, expected: Any, names: Sequence[str]) -> float:
 
 def measure(
     name: str, transformers: Any, rounds: int
-) -> tuple[float, dict[tuple[str, str], Timing]]:
-    """Agreement, and timings by (part, variant)."""
+) -> tuple[dict[str, float], dict[tuple[str, str], Timing]]:
+    """Differences of the outputs by part, and timings by (part, variant)."""
     entry = MODELS[name]
     torch.manual_seed(0)
     model, inputs = entry.build(transformers)
@@ -162,21 +177,28 @@ def measure(
         return output
 
     with torch.inference_mode():
-        expected = run(ORIGINAL)
+        whole = run(ORIGINAL)
+        expected = tensors_in(stopwatch.output)
         with patch_transformers(entry.package):
-            share = difference(run(PATCHED), expected, entry.compared)
+            patched = run(PATCHED)
+        shares = {
+            part: difference(tensors_in(stopwatch.output), expected),
+            "whole model": difference(
+                [patched[name] for name in entry.compared], [whole[name] for name in entry.compared]
+            ),
+        }
         samples.clear()  # the first pass of each pays for caches and allocations
         for _ in range(rounds):
             run(ORIGINAL)
             with patch_transformers(entry.package):
                 run(PATCHED)
-    return share, {key: Timing(tuple(values)) for key, values in samples.items()}
+    return shares, {key: Timing(tuple(values)) for key, values in samples.items()}
 
 
-def table(name: str, share: float, timings: dict[tuple[str, str], Timing]) -> Table:
+def table(name: str, shares: dict[str, float], timings: dict[tuple[str, str], Timing]) -> Table:
     result = Table(title=name, **LOOK)
     columns(result, "", "original [s]", "patched [s]", "faster", "outputs differ by")
-    for part in dict.fromkeys(part for part, _ in timings):
+    for part, share in shares.items():
         before, after = timings[part, ORIGINAL], timings[part, PATCHED]
         faster = before.median / after.median if share <= AGREEMENT else None
         result.add_row(
@@ -219,9 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print()
     agree = True
     for name in args.models:
-        share, timings = measure(name, transformers, args.rounds)
-        agree &= share <= AGREEMENT
-        console.print(table(name, share, timings))
+        shares, timings = measure(name, transformers, args.rounds)
+        agree &= shares[MODELS[name].part[1]] <= AGREEMENT
+        console.print(table(name, shares, timings))
         console.print()
     console.print("Medians of the rounds, with the 20th and 80th percentile.", style="dim")
     return 0 if agree else 1

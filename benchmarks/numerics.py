@@ -3,7 +3,7 @@
 
     python benchmarks/numerics.py
 
-For maps of several widths: the distance in pixels, mean and largest, from where fp64 puts the point.
+For maps of several widths: the distance in pixels from where fp64 puts the point, mean and largest.
 "rounded location" is computed in fp32 and stored in the dtype; "location in 16 bits" is computed in
 the dtype as well, as the published modules do in a 16-bit model; "ours" rounds the offset alone, as
 the Linear layer that makes it does, and adds it in fp32.

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
 from ..functional import ms_deform_attn, ms_deform_attn_from_offsets
+from ..modules import MSDeformAttn
 from ..reference import compute_dtype
 
 SpatialShapes = _checks.SpatialShapes
@@ -101,6 +103,18 @@ def sample_lists(
         torch.unflatten(attention_weights, 3, (-1, group)),
         [starts[level] for level in levels],
     )
+
+
+def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
+    """The module's `sampling_offsets` and `attention_weights` of a query, in one product if it can.
+
+    Not where a layer's forward was replaced, as accelerate does to fetch offloaded weights.
+    """
+    layers: Any = module
+    offsets, logits = layers.sampling_offsets, layers.attention_weights
+    if "forward" in vars(offsets) or "forward" in vars(logits):
+        return offsets(query), logits(query)
+    return MSDeformAttn._offsets_and_logits(layers, query)
 
 
 def attend(

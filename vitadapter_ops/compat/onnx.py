@@ -174,9 +174,9 @@ class _Writer:
         shape = op.Shape(grids)
         queries = op.Slice(shape, self._ints(2), self._ints(3), self._ints(0))
         found, first = [], 0
-        for (height, width), start, count in zip(sizes, starts, points, strict=True):
-            level = self._columns(maps, 3, start, start + height * width)
-            level = op.Reshape(level, self._ints(-1, channels, height, width))
+        for (rows, columns), start, count in zip(sizes, starts, points, strict=True):
+            level = self._columns(maps, 3, start, start + rows * columns)
+            level = op.Reshape(level, self._ints(-1, channels, rows, columns))
             grid = self._columns(grids, 3, first, first + count)
             grid = op.Reshape(
                 grid, op.Concat(self._ints(-1), queries, self._ints(count, 2), axis=0)

@@ -77,8 +77,7 @@ def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             module.value_proj(input_flatten),
             input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw,
             reference_points,
-            module.sampling_offsets(query),
-            module.attention_weights(query),
+            *_common.offsets_and_logits(self, query),
             [module.n_points] * module.n_levels,
             padding=input_padding_mask,
         )
@@ -99,15 +98,6 @@ def patch_rfdetr() -> Patch:
         ImportError: rfdetr is not installed.
     """
     module = importlib.import_module("rfdetr.models.ops.modules.ms_deform_attn")
-    functions = importlib.import_module("rfdetr.models.ops.functions.ms_deform_attn_func")
     original = vars(module.MSDeformAttn)["forward"]
-    places = (functions, importlib.import_module("rfdetr.models.ops.functions"), module)
-    return Patch(
-        [
-            Replacement(module.MSDeformAttn, "forward", _forward(original)),
-            *(
-                Replacement(place, "ms_deform_attn_core_pytorch", ms_deform_attn_core_pytorch)
-                for place in places
-            ),
-        ]
-    )
+    # Not the reference function: it makes the graph in export mode, and nothing else calls it.
+    return Patch([Replacement(module.MSDeformAttn, "forward", _forward(original))])

@@ -84,8 +84,7 @@ class _MultiPoint(nn.Module):
         padding: Tensor | None = None,
     ) -> Tensor:
         """Samples value [B, S, M * D] where it is not padding [B, S]; [B, Q, M * D]."""
-        offsets = self.sampling_offsets(query)
-        logits = self.attention_weights(query)
+        offsets, logits = _common.offsets_and_logits(self, query)
         points = self.num_points_list
         if self.method == "default":
             return _common.attend(
@@ -105,9 +104,13 @@ class _MultiPoint(nn.Module):
             torch.unflatten(value, -1, (self.num_heads, -1)),
             spatial_shapes,
             _common.locations(
-                reference_points, offsets.view(*shape, 2), spatial_shapes, points, self.offset_scale
+                reference_points,
+                offsets.reshape(*shape, 2),
+                spatial_shapes,
+                points,
+                self.offset_scale,
             ),
-            logits.view(shape).softmax(-1),
+            logits.reshape(shape).softmax(-1),
             points,
             "discrete",
         )

@@ -88,8 +88,7 @@ def _attention(
     scale = getattr(self, "offset_scale", 0.5)
     project = getattr(self, "value_proj", None)
     value = encoder_hidden_states if project is None else project(encoder_hidden_states)
-    offsets = self.sampling_offsets(hidden_states)
-    logits = self.attention_weights(hidden_states)
+    offsets, logits = _common.offsets_and_logits(module, hidden_states)
     if getattr(self, "method", getattr(self, "decoder_method", "default")) == "default":
         output, weights = _common.attend_with_weights(
             value, spatial_shapes, reference_points, offsets, logits, points, scale, padding
@@ -98,12 +97,12 @@ def _attention(
         if padding is not None:
             value = value.masked_fill(padding.unsqueeze(-1), 0.0)
         shape = (*hidden_states.shape[:2], self.n_heads, sum(points))
-        weights = logits.view(shape).softmax(-1)
+        weights = logits.reshape(shape).softmax(-1)
         output = functions.multi_scale_deformable_attention_v2(
             torch.unflatten(value, -1, (self.n_heads, -1)),
             spatial_shapes,
             _common.locations(
-                reference_points, offsets.view(*shape, 2), spatial_shapes, points, scale
+                reference_points, offsets.reshape(*shape, 2), spatial_shapes, points, scale
             ),
             weights,
             points,
