@@ -40,19 +40,20 @@ def require_cuda() -> None:
         pytest.skip("needs a GPU")
 
 
+def require_integration(module: str) -> ModuleType:
+    """Imports another project, or skips; with REQUIRE_INTEGRATIONS=1 it must be there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as missing:
+        if os.environ.get("REQUIRE_INTEGRATIONS") == "1":
+            pytest.fail(f"REQUIRE_INTEGRATIONS=1, and {module} is not importable: {missing}")
+        pytest.skip(f"needs {module.split('.')[0]}: {missing}")
+
+
 @pytest.fixture
 def require_module() -> Callable[[str], ModuleType]:
-    """Imports an optional package; skips where it is missing, unless it must be there."""
-
-    def require(name: str) -> ModuleType:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            if os.environ.get("REQUIRE_INTEGRATIONS") == "1":
-                pytest.fail(f"REQUIRE_INTEGRATIONS=1, and {name} is not installed")
-            pytest.skip(f"needs {name}")
-
-    return require
+    """`require_integration`, for tests that do not import this file."""
+    return require_integration
 
 
 def _backends() -> list[tuple[str, str]]:

@@ -22,6 +22,18 @@ DEFINITION_ULPS = 16.0
 # over 36 shapes in three instruction sets: at most 4.8 units.
 CPU_FP64_ULPS = 8.0
 
+# A model's module against the project's own: gradients of parameters are sums over all queries, in
+# which whoever rounds luckily wins. Measured over tests/integrations: at most 7 units.
+DROP_IN_ULPS = 16.0
+
+# ... and in fp64, where both sum a hundred products through four Linear layers in their own order.
+DROP_IN_FP64_ULPS = 256.0
+
+# Gradients under bf16 autocast, as a share of their length: an offset that bf16 rounds across a
+# pixel's centre line takes the slope of the neighbouring pixels, in ours and in the original alike
+# but not for the same points. Measured over tests/integrations: at most 0.18, for either of them.
+CROSSINGS_SHARE = 0.25
+
 # Another implementation's output against ours, as a share of the largest value, beyond which a
 # benchmark says that they disagree. Loose: one that computes locations in bf16 is off by a quarter
 # of a pixel on large maps, which is its users' concern; wrong levels or axes are off by far more.
@@ -32,7 +44,9 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+def assert_as_accurate_as_eager(
+    name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: float = FLOOR_ULPS
+) -> None:
     """Holds `got` to EAGER_FACTOR times the error of `eager`; `exact` is fp64."""
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
     assert got.isfinite().all(), f"{name}: not finite"
@@ -40,7 +54,7 @@ def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Te
         return
     error = (got.double() - exact).abs().max().item()
     eager_error = (eager.double() - exact).abs().max().item()
-    floor = FLOOR_ULPS * eps(got.dtype) * exact.abs().max().item()
+    floor = ulps * eps(got.dtype) * exact.abs().max().item()
     assert error <= EAGER_FACTOR * eager_error + floor, (
         f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}, floor {floor:.3g}"
     )
@@ -54,3 +68,12 @@ def assert_same_definition(
     bound = ulps * eps(torch.float64) * max(exact.abs().max().item(), 1e-300)
     error = (got - exact).abs().max().item()
     assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def assert_close_but_for_crossings(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Holds a bf16 gradient to CROSSINGS_SHARE beyond EAGER_FACTOR times the error of `eager`."""
+    assert got.isfinite().all(), f"{name}: not finite"
+    error = (got.double() - exact).norm().item()
+    eager_error = (eager.double() - exact).norm().item()
+    bound = EAGER_FACTOR * eager_error + CROSSINGS_SHARE * exact.norm().item()
+    assert error <= bound, f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}"

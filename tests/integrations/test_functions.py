@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions under all their names, the compiled extension's shim, and patching."""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import drop_in
+import oracles
+from vitadapter_ops.compat import functions, msda, rfdetr
+from vitadapter_ops.compat._patch import Patch, Replacement
+
+SHAPES = [(5, 8), (3, 4), (2, 2)]
+TENSOR = torch.tensor(SHAPES)
+STARTS = torch.tensor([0, 40, 52])
+PIXELS, BATCH, QUERIES, HEADS, WIDTH, POINTS = 56, 2, 7, 3, 8, 4
+MANY = [3, 6, 2]
+
+
+def tensors():
+    locations = torch.rand(BATCH, QUERIES, HEADS, 3, POINTS, 2) * 1.4 - 0.2
+    weights = torch.randn(BATCH, QUERIES, HEADS, 3 * POINTS).softmax(-1)
+    return torch.randn(BATCH, PIXELS, HEADS, WIDTH), locations, weights.unflatten(3, (3, POINTS))
+
+
+def original(module, value, locations, weights):
+    return oracles.grid_sample(value, SHAPES, locations, weights)
+
+
+class TheirFunction(torch.autograd.Function):
+    """How repositories wrap the compiled extension."""
+
+    @staticmethod
+    def forward(ctx, value, shapes, starts, locations, weights, step):
+        ctx.step = step
+        ctx.save_for_backward(value, shapes, starts, locations, weights)
+        return msda.ms_deform_attn_forward(value, shapes, starts, locations, weights, step)
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, locations, weights = msda.ms_deform_attn_backward(*ctx.saved_tensors, grad, ctx.step)
+        return value, None, None, locations, weights, None
+
+
+def rfdetr_core(value, shapes, locations, weights):
+    return rfdetr.ms_deform_attn_core_pytorch(
+        value.permute(0, 2, 3, 1), TENSOR, locations, weights.flatten(3), shapes
+    )
+
+
+def rfdetr_core_merged(value, shapes, locations, weights):
+    return rfdetr_core(value, None, locations.flatten(3, 4), weights)
+
+
+def applied(function):
+    return lambda value, shapes, *points: function.apply(value, TENSOR, STARTS, *points, 64)
+
+
+NAMES = {
+    "MSDeformAttnFunction": applied(functions.MSDeformAttnFunction),
+    "MultiScaleDeformableAttnFunction": applied(functions.MultiScaleDeformableAttnFunction),
+    "MultiScaleDeformableAttentionFunction": applied(
+        functions.MultiScaleDeformableAttentionFunction
+    ),
+    "extension": applied(TheirFunction),
+    "rfdetr": rfdetr_core,
+    "rfdetr-merged": rfdetr_core_merged,
+    **{
+        name: getattr(functions, name)
+        for name in (
+            "ms_deform_attn_core_pytorch",
+            "multi_scale_deformable_attn_pytorch",
+            "multi_scale_deformable_attention",
+            "deformable_attention_core_func",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+def test_outputs_and_gradients_are_the_originals(name, precision):
+    def ours(module, value, *points):
+        return NAMES[name](value, SHAPES, *points)
+
+    drop_in.check(original, ours, nn.Module(), tensors(), precision)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_may_be_a_tensor_and_the_call_compiles(name):
+    def ours(module, value, *points):
+        return NAMES[name](value, TENSOR, *points)
+
+    torch.compiler.reset()
+    drop_in.check(original, torch.compile(ours, backend="aot_eager"), nn.Module(), tensors())
+
+
+def test_one_graph_where_shapes_are_a_list():
+    torch.compiler.reset()
+    compiled = torch.compile(functions.ms_deform_attn_core_pytorch, fullgraph=True)
+    value, *points = tensors()
+    torch.testing.assert_close(
+        compiled(value, SHAPES, *points), oracles.grid_sample(value, SHAPES, *points)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precisions_are_widened(dtype):
+    value, locations, weights = tensors()
+    points = (locations.to(dtype), weights.to(dtype))
+    torch.testing.assert_close(
+        functions.ms_deform_attn_core_pytorch(value, SHAPES, *points),
+        oracles.grid_sample(value, SHAPES, *(each.float() for each in points)),
+    )
+    gradients = msda.ms_deform_attn_backward(
+        value, TENSOR, STARTS, *points, torch.ones(BATCH, QUERIES, HEADS * WIDTH)
+    )
+    assert [each.dtype for each in gradients] == [torch.float32, dtype, dtype]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("step", [1, 2, 64])
+def test_any_im2col_step_is_accepted(batch, step):
+    value, locations, weights = (t[:1].expand(batch, *t.shape[1:]).contiguous() for t in tensors())
+    out = msda.ms_deform_attn_forward(value, TENSOR, STARTS, locations, weights, step)
+    assert torch.equal(out, out[:1].expand_as(out))
+
+
+def test_extension_records_no_gradient_and_checks_its_arguments():
+    value, locations, weights = tensors()
+    assert not msda.ms_deform_attn_forward(
+        value.requires_grad_(), TENSOR, STARTS, locations, weights, 64
+    ).requires_grad
+    with pytest.raises(ValueError, match="grad_output: expected"):
+        msda.ms_deform_attn_backward(
+            value, TENSOR, STARTS, locations, weights, torch.ones(BATCH, QUERIES, 5), 64
+        )
+
+
+# --- points that differ from level to level
+
+
+def many():
+    locations = torch.rand(BATCH, QUERIES, HEADS, sum(MANY), 2) * 1.4 - 0.2
+    logits = torch.randn(BATCH, QUERIES, HEADS, sum(MANY))
+    return torch.randn(BATCH, PIXELS, HEADS, WIDTH), locations, logits
+
+
+def original_many(method):
+    def function(module, value, locations, logits):
+        sides = locations.new_tensor(
+            [(w, h) for (h, w), points in zip(SHAPES, MANY, strict=True) for _ in range(points)]
+        )
+        nowhere = locations.new_zeros(BATCH, QUERIES, 1, 2)
+        if method != "default":  # rounding has no gradient
+            locations = locations.detach()
+        return drop_in.attend(
+            value, SHAPES, nowhere, locations * sides, logits, MANY, method=method
+        )
+
+    return function
+
+
+@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize(
+    ("function", "method", "same_as"),
+    [
+        (functions.deformable_attention_core_func_v2, "default", "default"),
+        (functions.deformable_attention_core_func_v2, "discrete", "discrete-by-height"),
+        (functions.multi_scale_deformable_attention_v2, "default", "default"),
+        (functions.multi_scale_deformable_attention_v2, "discrete", "discrete"),
+    ],
+)
+def test_levels_with_their_own_points(function, method, same_as, precision):
+    def ours(module, value, locations, logits):
+        return function(value, SHAPES, locations, logits.softmax(-1), MANY, method)
+
+    drop_in.check(original_many(same_as), ours, nn.Module(), many(), precision)
+
+
+def test_value_as_a_list_of_levels():
+    value, locations, logits = many()
+    levels = value.permute(0, 2, 3, 1).split([40, 12, 4], -1)
+    weights = logits.softmax(-1)
+    function = functions.deformable_attention_core_func_v2
+    assert torch.equal(
+        function(levels, TENSOR, locations, weights, MANY),
+        function(value, TENSOR, locations, weights, MANY),
+    )
+
+
+def test_errors_name_the_argument():
+    value, locations, logits = many()
+    function = functions.deformable_attention_core_func_v2
+    with pytest.raises(ValueError, match="method: expected 'default' or 'discrete', got 'cubic'"):
+        function(value, SHAPES, locations, logits, MANY, "cubic")
+    with pytest.raises(ValueError, match="num_points_list: expected 3 positive numbers"):
+        function(value, SHAPES, locations, logits, [4, 7])
+    with pytest.raises(ValueError, match="sampling_locations: expected 12 points"):
+        function(value, SHAPES, locations, logits, [4, 4, 4])
+
+
+# --- the extension's name
+
+
+def test_code_that_imports_the_extension_finds_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "MultiScaleDeformableAttention", raising=False)
+    with msda.install():
+        module = importlib.import_module("MultiScaleDeformableAttention")
+        assert module.ms_deform_attn_forward is msda.ms_deform_attn_forward
+        assert module.ms_deform_attn_backward is msda.ms_deform_attn_backward
+        assert importlib.util.find_spec("MultiScaleDeformableAttention") is module.__spec__
+        with pytest.raises(AttributeError, match="has only ms_deform_attn_forward"):
+            module.dcnv3_forward  # noqa: B018
+    assert "MultiScaleDeformableAttention" not in sys.modules
+
+
+@pytest.mark.parametrize("package", ["groundingdino", "detrex"])
+def test_extension_inside_a_package(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    before = types.ModuleType(f"{package}._C")
+    monkeypatch.setitem(sys.modules, f"{package}._C", before)
+    handle = msda.install(f"{package}._C")
+    namespace = {}
+    exec(f"from {package} import _C", namespace)
+    assert namespace["_C"].ms_deform_attn_forward is msda.ms_deform_attn_forward
+    handle.restore()
+    assert sys.modules[f"{package}._C"] is before
+
+
+# --- patching
+
+
+def copied_module():
+    """A module as repositories copy it, with a function of their own beside ours."""
+    module = types.ModuleType("copied")
+    module.ms_deform_attn_core_pytorch = original
+    module.MSDeformAttnFunction = TheirFunction
+    module.other = original
+    return module
+
+
+def test_patch_module_replaces_known_names_and_restores_the_same_objects():
+    module = copied_module()
+    with functions.patch_module(module) as patch:
+        assert module.ms_deform_attn_core_pytorch is functions.ms_deform_attn_core_pytorch
+        assert module.MSDeformAttnFunction is functions.MSDeformAttnFunction
+        assert module.other is original
+        assert sorted(patch.replaced) == [
+            "copied.MSDeformAttnFunction",
+            "copied.ms_deform_attn_core_pytorch",
+        ]
+    assert module.ms_deform_attn_core_pytorch is original
+    assert module.MSDeformAttnFunction is TheirFunction
+
+
+def test_patch_module_needs_something_to_replace():
+    with pytest.raises(ValueError, match="module: expected one with at least one of"):
+        functions.patch_module(types.ModuleType("empty"))
+
+
+def test_patches_end_in_any_order():
+    module = copied_module()
+    first, second = functions.patch_module(module), functions.patch_module(module)
+    first.restore()
+    first.restore()
+    assert module.MSDeformAttnFunction is functions.MSDeformAttnFunction
+    second.restore()
+    assert module.MSDeformAttnFunction is TheirFunction
+
+
+def test_a_patch_ends_with_an_error_too():
+    module = copied_module()
+    with pytest.raises(KeyError), functions.patch_module(module):
+        raise KeyError
+    assert module.MSDeformAttnFunction is TheirFunction
+
+
+def test_an_attribute_that_was_inherited_is_removed_again():
+    class Base:
+        def forward(self):
+            return 1
+
+    class Derived(Base):
+        pass
+
+    with Patch([Replacement(Derived, "forward", lambda self: 2)]):
+        assert (Derived().forward(), Base().forward()) == (2, 1)
+    assert "forward" not in vars(Derived)
+
+
+def test_someone_elses_later_patch_is_left_alone():
+    module = copied_module()
+    patch = functions.patch_module(module)
+    module.MSDeformAttnFunction = "theirs"
+    with pytest.raises(RuntimeError, match=r"copied\.MSDeformAttnFunction: replaced by someone"):
+        patch.restore()
+    assert module.MSDeformAttnFunction == "theirs"
+    assert module.ms_deform_attn_core_pytorch is original
+
+
+def test_importing_the_package_imports_no_project(tmp_path):
+    import children
+
+    code = (
+        "import sys, vitadapter_ops.compat\n"
+        "from vitadapter_ops.compat import deformable_detr, dcnv4, detrex, functions, mmcv, msda\n"
+        "from vitadapter_ops.compat import rfdetr, rtdetr, transformers\n"
+        "others = {'transformers', 'mmcv', 'mmengine', 'rfdetr', 'onnx', 'onnxscript', 'kernels'}\n"
+        "print(sorted(others & set(sys.modules)))\n"
+    )
+    done = children.python(["-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RF-DETR's attention with its own function and with ours."""
+
+import pytest
+import torch
+
+import drop_in
+from conftest import require_integration
+from vitadapter_ops.compat import rfdetr
+
+SHAPES = [(5, 8), (3, 4), (2, 2)]
+PIXELS, BATCH, QUERIES, WIDTH, HEADS = 56, 2, 7, 24, 3
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def theirs():
+    return require_integration("rfdetr.models.ops.modules.ms_deform_attn")
+
+
+def attention(theirs):
+    return drop_in.perturbed(theirs.MSDeformAttn(WIDTH, 3, HEADS, 4))
+
+
+def call(padding, module, query, value, reference):
+    return module(
+        query, reference, value, torch.tensor(SHAPES), torch.tensor([0, 40, 52]), padding, SHAPES
+    )
+
+
+def tensors(coordinates, levels=3):
+    reference = torch.rand(BATCH, QUERIES, levels, coordinates) * 0.8 + 0.1
+    return torch.randn(BATCH, QUERIES, WIDTH), torch.randn(BATCH, PIXELS, WIDTH), reference
+
+
+@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize(("coordinates", "levels"), [(2, 3), (4, 3), (4, 1)])
+def test_patched_module_is_the_original(theirs, coordinates, levels, precision):
+    padding = torch.rand(BATCH, PIXELS) < 0.3
+
+    def original(*arguments):
+        return call(padding, *arguments)
+
+    def ours(*arguments):
+        with rfdetr.patch_rfdetr():
+            return original(*arguments)
+
+    drop_in.check(original, ours, attention(theirs), tensors(coordinates, levels), precision)
+
+
+def test_two_steps_of_training_have_the_losses_of_the_original(theirs):
+    module, arguments = attention(theirs), tensors(4)
+
+    def loss(model):
+        return call(None, model, *arguments).square().mean()
+
+    original = drop_in.sgd_losses(module, loss)
+    with rfdetr.patch_rfdetr():
+        ours = drop_in.sgd_losses(module, loss)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
+
+
+def test_compiled_in_one_graph(theirs):
+    module, arguments = attention(theirs), tensors(4)
+    torch.compiler.reset()
+    with rfdetr.patch_rfdetr():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        got = compiled(None, module, *arguments)
+    torch.testing.assert_close(got, call(None, module, *arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_export_mode_keeps_the_originals_graph(theirs):
+    module, arguments = attention(theirs), tensors(4)
+    module.export()
+    expected = call(None, module, *arguments)
+    with rfdetr.patch_rfdetr():
+        assert torch.equal(call(None, module, *arguments), expected)
+
+
+def test_originals_come_back(theirs):
+    before = vars(theirs.MSDeformAttn)["forward"], theirs.ms_deform_attn_core_pytorch
+    with rfdetr.patch_rfdetr():
+        assert theirs.MSDeformAttn.forward is not before[0]
+        assert theirs.ms_deform_attn_core_pytorch is before[1]
+    assert vars(theirs.MSDeformAttn)["forward"] is before[0]

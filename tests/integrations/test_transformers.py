@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' models with their own attention and with ours."""
+
+import functools
+import importlib
+
+import pytest
+import torch
+
+import drop_in
+from conftest import require_integration
+from vitadapter_ops.compat import functions
+from vitadapter_ops.compat.transformers import (
+    MODELS,
+    MultiScaleDeformableAttention,
+    kernel_mapping,
+    patch_transformers,
+)
+
+SHAPES = [(5, 8), (3, 4), (2, 2)]
+TENSOR = torch.tensor(SHAPES)
+STARTS = torch.tensor([0, 40, 52])
+PIXELS, BATCH, QUERIES, WIDTH, HEADS, POINTS = 56, 2, 7, 24, 3, 4
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own deprecations
+
+
+@pytest.fixture(autouse=True, scope="module")
+def transformers():
+    return require_integration("transformers")
+
+
+# DETA left transformers before the releases with which our torch works.
+INSTALLED = [name for name in MODELS if name != "deta"]
+PER_LEVEL = ("d_fine", "deimv2", "rt_detr_v2")
+PADDING_IS_TRUE = ("mask2former", "oneformer")
+
+
+@functools.cache
+def modeling(name):
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def attention_class(name):
+    (found,) = (
+        each
+        for key, each in vars(modeling(name)).items()
+        if key.endswith("MultiscaleDeformableAttention") and isinstance(each, type)
+    )
+    return found
+
+
+class Settings:
+    """What the attention modules read of a configuration."""
+
+    d_model = WIDTH
+    decoder_attention_heads = HEADS
+    num_feature_levels = decoder_n_levels = 3
+    disable_custom_kernels = False
+    decoder_offset_scale = 0.5
+    decoder_method = "default"
+
+    def __init__(self, points, method="default"):
+        self.decoder_n_points = points
+        self.decoder_method = method
+
+
+def attention(name, points=POINTS, method="default"):
+    made = attention_class(name)
+    if name in PADDING_IS_TRUE:
+        module = made(WIDTH, HEADS, 3, points)
+    elif name in PER_LEVEL:
+        module = made(Settings(points, method))
+    else:
+        module = made(Settings(points), HEADS, points)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def call(name, padding, module, query, value, reference, position=None):
+    arguments = {
+        "hidden_states": query,
+        "encoder_hidden_states": value,
+        "reference_points": reference,
+        "spatial_shapes": TENSOR,
+        "spatial_shapes_list": SHAPES,
+        "level_start_index": STARTS,
+        "position_embeddings": position,
+        "attention_mask": padding if name in PADDING_IS_TRUE or padding is None else ~padding,
+    }
+    if name == "mask2former":
+        del arguments["spatial_shapes"]
+    if name in ("d_fine", "deimv2"):
+        del arguments["level_start_index"], arguments["position_embeddings"]
+    return module(**arguments)
+
+
+def tensors(name, coordinates):
+    # RT-DETRv2 and D-FINE hand one box to all levels, and add points to references wrongly.
+    levels = 1 if name in PER_LEVEL else 3
+    made = [
+        torch.randn(BATCH, QUERIES, WIDTH),
+        torch.randn(BATCH, PIXELS, WIDTH),
+        torch.rand(BATCH, QUERIES, levels, coordinates) * 0.8 + 0.1,
+    ]
+    if name not in ("d_fine", "deimv2"):
+        made.append(torch.randn(BATCH, QUERIES, WIDTH))
+    return made
+
+
+def padding(name):
+    # D-FINE's and DEIMv2's own masks do not fit their values.
+    return None if name in ("d_fine", "deimv2") else torch.rand(BATCH, PIXELS) < 0.3
+
+
+def both(name, padding=None):
+    original = functools.partial(call, name, padding)
+
+    def ours(*arguments):
+        with patch_transformers(name):
+            return original(*arguments)
+
+    return original, ours
+
+
+CASES = [
+    (name, coordinates)
+    for name in INSTALLED
+    for coordinates in ((4,) if name in PER_LEVEL else (2, 4))
+]
+
+
+@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize(("name", "coordinates"), CASES)
+def test_modules_return_the_same_output_and_weights(name, coordinates, precision):
+    original, ours = both(name, padding(name))
+    drop_in.check(original, ours, attention(name), tensors(name, coordinates), precision)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_modules_without_a_mask_and_compiled(name):
+    original, ours = both(name)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        functools.partial(call, name, None), fullgraph=True, backend="aot_eager"
+    )
+
+    def compiled_ours(*arguments):
+        with patch_transformers(name):
+            return compiled(*arguments)
+
+    module, given = attention(name), tensors(name, 4)
+    drop_in.check(original, ours, module, given)
+    drop_in.check(original, compiled_ours, module, given)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("name", ["d_fine", "deimv2"])
+def test_levels_with_their_own_points(name, precision):
+    original, ours = both(name)
+    # In fp64 powers of two: the originals keep 1 / points in fp32.
+    module = attention(name, points=[4, 8, 2] if precision == "fp64" else [3, 6, 2])
+    drop_in.check(original, ours, module, tensors(name, 4), precision)
+
+
+@pytest.mark.parametrize("name", PER_LEVEL)
+def test_discrete_sampling(name):
+    original, ours = both(name, padding(name))
+    module = attention(name, method="discrete")
+    drop_in.check(original, ours, module, tensors(name, 4))
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_sixteen_bit_modules_stay_sixteen_bit(name):
+    original, ours = both(name)
+    module, given = attention(name).bfloat16(), [t.bfloat16() for t in tensors(name, 4)]
+    with torch.no_grad():
+        got, expected = ours(module, *given), original(module, *given)
+        exact = original(module.double(), *(t.double() for t in given))
+    for mine, theirs, true in zip(got, expected, exact, strict=True):
+        assert mine.dtype == theirs.dtype == torch.bfloat16
+        assert (mine - true).abs().max() <= (theirs - true).abs().max() * 1.5 + 0.01
+
+
+def test_originals_come_back():
+    places = []
+    for name in INSTALLED:
+        module = modeling(name)
+        places.append((attention_class(name), "forward"))
+        for owner, attribute in (
+            (getattr(module, "MultiScaleDeformableAttention", None), "forward"),
+            (module, "multi_scale_deformable_attention"),
+            (module, "multi_scale_deformable_attention_v2"),
+        ):
+            if owner is not None and attribute in vars(owner):
+                places.append((owner, attribute))
+    before = [vars(owner)[attribute] for owner, attribute in places]
+    with patch_transformers() as patch:
+        during = [vars(owner)[attribute] for owner, attribute in places]
+        assert len(patch.replaced) == len(places)
+    after = [vars(owner)[attribute] for owner, attribute in places]
+    assert all(now is not then for now, then in zip(during, before, strict=True))
+    assert all(now is then for now, then in zip(after, before, strict=True))
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match=r"models: expected names from d_fine, .*; got 'detr'"):
+        patch_transformers("detr")
+    with pytest.raises(ImportError, match="has no model 'deta'"):
+        patch_transformers("deta")
+
+
+def test_a_forward_with_other_arguments_keeps_its_own(monkeypatch):
+    def forward(self, hidden_states, something_else):
+        raise NotImplementedError
+
+    module = modeling("mask2former")
+    monkeypatch.setattr(attention_class("mask2former"), "forward", forward)
+    with patch_transformers("mask2former"):
+        assert attention_class("mask2former").forward is forward
+        assert module.multi_scale_deformable_attention is functions.multi_scale_deformable_attention
+
+
+# --- whole models
+
+
+def backbone(stages=("stage2", "stage3", "stage4")):
+    from transformers import ResNetConfig
+
+    return ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 12, 16, 20],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=list(stages),
+    )
+
+
+DETR_SIZE = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_labels": 5,
+    "attn_implementation": "eager",
+}
+
+
+def labels():
+    boxes = torch.tensor([[0.4, 0.5, 0.3, 0.4], [0.6, 0.3, 0.2, 0.2]])
+    return [{"class_labels": torch.tensor([1, 3]), "boxes": boxes} for _ in range(2)]
+
+
+def images(height=96, width=128):
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def padded():
+    mask = torch.ones(2, 96, 128, dtype=torch.long)
+    mask[1, 70:] = 0
+    mask[1, :, 100:] = 0
+    return mask
+
+
+def deformable_detr():
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
+
+    config = DeformableDetrConfig(
+        backbone_config=backbone(), num_queries=10, two_stage=True, with_box_refine=True,
+        two_stage_num_proposals=10,
+        num_feature_levels=4, **DETR_SIZE,
+    )  # fmt: skip
+    model = DeformableDetrForObjectDetection(config)
+    return model, {"pixel_values": images(), "pixel_mask": padded(), "labels": labels()}
+
+
+def rt_detr(version):
+    import transformers
+
+    prefix = {"rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2", "d_fine": "DFine"}[version]
+    sizes = {
+        "backbone_config": backbone(),
+        "encoder_hidden_dim": 32,
+        "encoder_in_channels": [12, 16, 20],
+        "feat_strides": [8, 16, 32],
+        "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "decoder_in_channels": [32, 32, 32],
+        "decoder_ffn_dim": 48,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "num_queries": 10,
+        "num_labels": 5,
+        "num_denoising": 4,
+        "attn_implementation": "eager",
+    }
+    if version == "d_fine":
+        sizes |= {"decoder_n_points": [3, 6, 3], "hidden_expansion": 0.5, "eval_idx": -1}
+    config = getattr(transformers, f"{prefix}Config")(d_model=32, **sizes)
+    model = getattr(transformers, f"{prefix}ForObjectDetection")(config)
+    return model, {"pixel_values": images(), "labels": labels()}
+
+
+def mask2former():
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+    config = Mask2FormerConfig(
+        backbone_config=backbone(("stage1", "stage2", "stage3", "stage4")),
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=48,
+        dim_feedforward=48, encoder_layers=2, decoder_layers=2, num_attention_heads=4,
+        num_queries=6, num_labels=5, train_num_points=64,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(2, 2, 96, 128, generator=generator) > 0.5).float()
+    return Mask2FormerForUniversalSegmentation(config), {
+        "pixel_values": images(),
+        "mask_labels": list(masks),
+        "class_labels": [torch.tensor([0, 2])] * 2,
+    }
+
+
+def grounding_dino(prefix="GroundingDino"):
+    import transformers
+    from transformers import BertConfig
+
+    text = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        vocab_size=1200,
+    )  # fmt: skip
+    config = getattr(transformers, f"{prefix}Config")(
+        backbone_config=backbone(), text_config=text, num_queries=10, max_text_len=16,
+        **{key: value for key, value in DETR_SIZE.items() if key != "num_labels"},
+    )  # fmt: skip
+    model = getattr(transformers, f"{prefix}ForObjectDetection")(config)
+    words = torch.tensor([[101, 1010, 1011, 1012, 102]] * 2)  # two phrases would need a separator
+    found = [{**each, "class_labels": torch.tensor([0, 0])} for each in labels()]
+    return model, {
+        "pixel_values": images(),
+        "pixel_mask": padded(),
+        "input_ids": words,
+        "token_type_ids": torch.zeros_like(words),
+        "attention_mask": torch.ones_like(words),
+        "labels": found,
+    }
+
+
+WHOLE = {
+    "deformable_detr": deformable_detr,
+    "rt_detr": functools.partial(rt_detr, "rt_detr"),
+    "rt_detr_v2": functools.partial(rt_detr, "rt_detr_v2"),
+    "d_fine": functools.partial(rt_detr, "d_fine"),
+    "mask2former": mask2former,
+    "grounding_dino": grounding_dino,
+    "mm_grounding_dino": functools.partial(grounding_dino, "MMGroundingDino"),
+}
+
+
+@pytest.fixture(params=WHOLE)
+def whole(request):
+    require_integration("scipy")  # the matcher of the losses
+    torch.manual_seed(0)
+    model, inputs = WHOLE[request.param]()
+    for name, parameter in model.named_parameters():
+        if "sampling_offsets.weight" in name or "attention_weights.weight" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return request.param, model, inputs
+
+
+def test_two_steps_of_training_have_the_losses_of_the_original(whole):
+    name, model, inputs = whole
+
+    def loss(model):
+        return model(**inputs).loss
+
+    original = drop_in.sgd_losses(model, loss)
+    with patch_transformers(name):
+        ours = drop_in.sgd_losses(model, loss)
+    assert original[0] != original[-1]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
+
+
+def test_state_dict_and_outputs_are_the_originals(whole):
+    name, model, inputs = whole
+    inputs = {key: value for key, value in inputs.items() if "labels" not in key}
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs)
+        keys = list(model.state_dict())
+        with patch_transformers(name):
+            other, _ = WHOLE[name]()
+            assert list(other.state_dict()) == keys
+            other.load_state_dict(model.state_dict())
+            got = other.eval()(**inputs)
+    compared = 0
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            finite = value.isfinite()  # padded proposals are infinite
+            assert torch.equal(finite, got[key].isfinite())
+            torch.testing.assert_close(got[key][finite], value[finite], rtol=1e-4, atol=1e-4)
+            compared += 1
+    assert compared >= 2
+
+
+def test_returned_attentions_are_the_originals(transformers):
+    model, inputs = deformable_detr()
+    del inputs["labels"]
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs, output_attentions=True)
+        with patch_transformers("deformable_detr"):
+            got = model(**inputs, output_attentions=True)
+    for key in ("encoder_attentions", "cross_attentions"):
+        assert len(expected[key]) == 2
+        for mine, theirs in zip(got[key], expected[key], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+# --- the kernels package
+
+
+def test_kernels_package_takes_our_layer(monkeypatch):
+    kernels = require_integration("kernels")
+    original = modeling("deformable_detr").MultiScaleDeformableAttention
+    # What transformers' own decorator sets, where it accepts the installed release of kernels.
+    name = "MultiScaleDeformableAttention"
+    monkeypatch.setattr(original, "kernel_layer_name", name, raising=False)
+    model, inputs = deformable_detr()
+    del inputs["labels"]
+    model.eval()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
+            kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
+        layer = model.model.encoder.layers[0].self_attn.attn
+        assert layer.forward.__func__ is MultiScaleDeformableAttention.forward
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RF-DETR.
+
+from vitadapter_ops.compat.rfdetr import patch_rfdetr
+patch_rfdetr()      # for models that exist as well as for new ones
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _common
+from ._patch import Patch, Replacement
+
+__all__ = ["ms_deform_attn_core_pytorch", "patch_rfdetr"]
+
+
+def ms_deform_attn_core_pytorch(
+    value: Tensor,
+    value_spatial_shapes: _common.SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    value_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """RF-DETR's reference function, whose value has its pixels last.
+
+    Args:
+        value: [B, M, D, S].
+        value_spatial_shapes: [L, 2], (H, W) of each level.
+        sampling_locations: [B, Q, M, L, P, 2], or with both in one dimension [B, Q, M, L * P, 2].
+        attention_weights: [B, Q, M, L * P], or [B, Q, M, L, P].
+        value_spatial_shapes_hw: the shapes as integers, which need no device read.
+
+    Returns:
+        [B, Q, M * D], dtype of value.
+    """
+    shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
+    levels = len(shapes)
+    if sampling_locations.dim() == 5:
+        sampling_locations = torch.unflatten(sampling_locations, 3, (levels, -1))
+    if attention_weights.dim() == 4:
+        attention_weights = torch.unflatten(attention_weights, 3, (levels, -1))
+    return _common.sample(value.permute(0, 3, 1, 2), shapes, sampling_locations, attention_weights)
+
+
+def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(
+        self: nn.Module,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor,
+        input_level_start_index: Tensor,
+        input_padding_mask: Tensor | None = None,
+        input_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Attends from `query` to sampled points of `input_flatten`; [B, Q, C]."""
+        module: Any = self
+        if module._export:
+            # A graph for other runtimes, with torch's own operators.
+            return original(
+                self,
+                query,
+                reference_points,
+                input_flatten,
+                input_spatial_shapes,
+                input_level_start_index,
+                input_padding_mask,
+                input_spatial_shapes_hw,
+            )
+        output = _common.attend(
+            module.value_proj(input_flatten),
+            input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw,
+            reference_points,
+            *_common.offsets_and_logits(self, query),
+            [module.n_points] * module.n_levels,
+            padding=input_padding_mask,
+        )
+        return module.output_proj(output)
+
+    return forward
+
+
+def patch_rfdetr() -> Patch:
+    """Routes RF-DETR's deformable attention to our operator, forward and backward.
+
+    A module in export mode keeps the original's graph.
+
+    Returns:
+        A handle: `restore()`, or the end of a `with`, puts the originals back.
+
+    Raises:
+        ImportError: rfdetr is not installed.
+    """
+    module = importlib.import_module("rfdetr.models.ops.modules.ms_deform_attn")
+    original = vars(module.MSDeformAttn)["forward"]
+    # Not the reference function: it makes the graph in export mode, and nothing else calls it.
+    return Patch([Replacement(module.MSDeformAttn, "forward", _forward(original))])
