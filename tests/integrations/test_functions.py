@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import drop_in
+import drop_in_checks
 import oracles
 from vitadapter_ops.compat import functions, msda, rfdetr
 from vitadapter_ops.compat._patch import Patch, Replacement
@@ -82,12 +82,12 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 def test_outputs_and_gradients_are_the_originals(name, precision):
     def ours(module, value, *points):
         return NAMES[name](value, SHAPES, *points)
 
-    drop_in.check(original, ours, nn.Module(), tensors(), precision)
+    drop_in_checks.check(original, ours, nn.Module(), tensors(), precision)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +96,7 @@ def test_shapes_may_be_a_tensor_and_the_call_compiles(name):
         return NAMES[name](value, TENSOR, *points)
 
     torch.compiler.reset()
-    drop_in.check(original, torch.compile(ours, backend="aot_eager"), nn.Module(), tensors())
+    drop_in_checks.check(original, torch.compile(ours, backend="aot_eager"), nn.Module(), tensors())
 
 
 def test_one_graph_where_shapes_are_a_list():
@@ -158,14 +158,14 @@ def original_many(method):
         nowhere = locations.new_zeros(BATCH, QUERIES, 1, 2)
         if method != "default":  # rounding has no gradient
             locations = locations.detach()
-        return drop_in.attend(
+        return drop_in_checks.attend(
             value, SHAPES, nowhere, locations * sides, logits, MANY, method=method
         )
 
     return function
 
 
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 @pytest.mark.parametrize(
     ("function", "method", "same_as"),
     [
@@ -179,7 +179,7 @@ def test_levels_with_their_own_points(function, method, same_as, precision):
     def ours(module, value, locations, logits):
         return function(value, SHAPES, locations, logits.softmax(-1), MANY, method)
 
-    drop_in.check(original_many(same_as), ours, nn.Module(), many(), precision)
+    drop_in_checks.check(original_many(same_as), ours, nn.Module(), many(), precision)
 
 
 def test_value_as_a_list_of_levels():

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-import drop_in
+import drop_in_checks
 from conftest import require_integration
 from vitadapter_ops.compat import functions, mmcv
 
@@ -26,7 +26,7 @@ def attention(theirs, **changes):
     module = theirs.MultiScaleDeformableAttention(
         WIDTH, num_heads=HEADS, num_levels=3, dropout=0.0, **changes
     )
-    return drop_in.perturbed(module)
+    return drop_in_checks.perturbed(module)
 
 
 def call(padding, module, query, value, reference, position):
@@ -48,7 +48,7 @@ def tensors(coordinates):
     )
 
 
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_patched_module_is_the_original(theirs, batch_first, coordinates, precision):
@@ -62,7 +62,7 @@ def test_patched_module_is_the_original(theirs, batch_first, coordinates, precis
             return original(*arguments)
 
     module = attention(theirs, batch_first=batch_first, value_proj_ratio=0.5)
-    drop_in.check(original, ours, module, tensors(coordinates), precision)
+    drop_in_checks.check(original, ours, module, tensors(coordinates), precision)
 
 
 def test_our_module_takes_their_state(theirs):
@@ -116,8 +116,8 @@ def test_mmdet_encoder_trains_alike(theirs):
     def loss(model):
         return model(**arguments).square().mean()
 
-    original = drop_in.sgd_losses(encoder, loss)
+    original = drop_in_checks.sgd_losses(encoder, loss)
     with mmcv.patch_mmcv():
-        ours = drop_in.sgd_losses(encoder, loss)
+        ours = drop_in_checks.sgd_losses(encoder, loss)
     assert original[0] != original[-1]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)

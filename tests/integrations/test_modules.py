@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-import drop_in
+import drop_in_checks
 from vitadapter_ops.compat import dcnv4, deformable_detr, detrex, mmcv, rtdetr
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
@@ -38,14 +38,14 @@ class Entry:
         self.true_counts, self.original_options = true_counts, original
 
     def module(self):
-        return drop_in.perturbed(self.make())
+        return drop_in_checks.perturbed(self.make())
 
     def ours(self, padding):
         return lambda module, *tensors: self.call(module, *tensors, padding)
 
     def original(self, padding):
         def function(module, query, value, reference):
-            out = drop_in.published_module(
+            out = drop_in_checks.published_module(
                 module,
                 query,
                 value,
@@ -149,11 +149,11 @@ by_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 
 
 @by_entry
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_outputs_and_gradients_are_the_originals(entry, coordinates, precision):
     padding = mask()
-    drop_in.check(
+    drop_in_checks.check(
         entry.original(padding),
         entry.ours(padding),
         entry.module(),
@@ -164,7 +164,9 @@ def test_outputs_and_gradients_are_the_originals(entry, coordinates, precision):
 
 @by_entry
 def test_one_reference_point_serves_all_levels(entry):
-    drop_in.check(entry.original(None), entry.ours(None), entry.module(), tensors(4, levels=1))
+    drop_in_checks.check(
+        entry.original(None), entry.ours(None), entry.module(), tensors(4, levels=1)
+    )
 
 
 @by_entry
@@ -172,7 +174,7 @@ def test_compiled_module_equals_eager(entry):
     module, padding = entry.module(), mask()
     torch.compiler.reset()
     compiled = torch.compile(entry.ours(padding), backend="aot_eager")
-    drop_in.check(entry.ours(padding), compiled, module, tensors(4))
+    drop_in_checks.check(entry.ours(padding), compiled, module, tensors(4))
 
 
 @by_entry
@@ -209,7 +211,9 @@ def test_initial_offsets_are_a_ray_for_each_head(entry):
 
 
 def test_mmcv_adds_positions_and_identity():
-    module = drop_in.perturbed(mmcv.MultiScaleDeformableAttention(WIDTH, **SIZE, dropout=0.0))
+    module = drop_in_checks.perturbed(
+        mmcv.MultiScaleDeformableAttention(WIDTH, **SIZE, dropout=0.0)
+    )
     query, value, reference = tensors(2)
     query, value = query.transpose(0, 1), value.transpose(0, 1)
     position = torch.randn_like(query)
@@ -272,7 +276,7 @@ def test_forward_names_what_is_wrong():
         )
 
 
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 def test_packed_locations_and_logits(precision):
     """DCNv4's one tensor: all locations, then all logits."""
     value = torch.randn(BATCH, PIXELS, HEADS, 8)
@@ -286,6 +290,8 @@ def test_packed_locations_and_logits(precision):
     def original(module, value, locations, logits):
         nowhere = locations.new_zeros(BATCH, QUERIES, 1, 2)
         sides = locations.new_tensor([(w, h) for h, w in SHAPES for _ in range(POINTS)])
-        return drop_in.attend(value, SHAPES, nowhere, locations * sides, logits, [POINTS] * 3)
+        return drop_in_checks.attend(
+            value, SHAPES, nowhere, locations * sides, logits, [POINTS] * 3
+        )
 
-    drop_in.check(original, ours, torch.nn.Module(), (value, locations, logits), precision)
+    drop_in_checks.check(original, ours, torch.nn.Module(), (value, locations, logits), precision)

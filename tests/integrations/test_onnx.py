@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import children
-import drop_in
+import drop_in_checks
 from conftest import require_integration
 from vitadapter_ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.compat.onnx import OPSET, PLUGIN, translation_table
@@ -39,7 +39,7 @@ class Offsets(nn.Module):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attention = drop_in.perturbed(MSDeformAttn(WIDTH, 2, HEADS, 4))
+        self.attention = drop_in_checks.perturbed(MSDeformAttn(WIDTH, 2, HEADS, 4))
 
     def forward(self, query, reference, feature):
         return self.attention(query, reference, feature, SHAPES)

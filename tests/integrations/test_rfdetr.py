@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-import drop_in
+import drop_in_checks
 from conftest import require_integration
 from vitadapter_ops.compat import rfdetr
 
@@ -20,7 +20,7 @@ def theirs():
 
 
 def attention(theirs):
-    return drop_in.perturbed(theirs.MSDeformAttn(WIDTH, 3, HEADS, 4))
+    return drop_in_checks.perturbed(theirs.MSDeformAttn(WIDTH, 3, HEADS, 4))
 
 
 def call(padding, module, query, value, reference):
@@ -34,7 +34,7 @@ def tensors(coordinates, levels=3):
     return torch.randn(BATCH, QUERIES, WIDTH), torch.randn(BATCH, PIXELS, WIDTH), reference
 
 
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 @pytest.mark.parametrize(("coordinates", "levels"), [(2, 3), (4, 3), (4, 1)])
 def test_patched_module_is_the_original(theirs, coordinates, levels, precision):
     padding = torch.rand(BATCH, PIXELS) < 0.3
@@ -46,7 +46,7 @@ def test_patched_module_is_the_original(theirs, coordinates, levels, precision):
         with rfdetr.patch_rfdetr():
             return original(*arguments)
 
-    drop_in.check(original, ours, attention(theirs), tensors(coordinates, levels), precision)
+    drop_in_checks.check(original, ours, attention(theirs), tensors(coordinates, levels), precision)
 
 
 def test_two_steps_of_training_have_the_losses_of_the_original(theirs):
@@ -55,9 +55,9 @@ def test_two_steps_of_training_have_the_losses_of_the_original(theirs):
     def loss(model):
         return call(None, model, *arguments).square().mean()
 
-    original = drop_in.sgd_losses(module, loss)
+    original = drop_in_checks.sgd_losses(module, loss)
     with rfdetr.patch_rfdetr():
-        ours = drop_in.sgd_losses(module, loss)
+        ours = drop_in_checks.sgd_losses(module, loss)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
 
 

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-import drop_in
+import drop_in_checks
 from conftest import require_integration
 from vitadapter_ops.compat import functions
 from vitadapter_ops.compat.transformers import (
@@ -131,11 +131,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("precision", drop_in.PRECISIONS)
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 @pytest.mark.parametrize(("name", "coordinates"), CASES)
 def test_modules_return_the_same_output_and_weights(name, coordinates, precision):
     original, ours = both(name, padding(name))
-    drop_in.check(original, ours, attention(name), tensors(name, coordinates), precision)
+    drop_in_checks.check(original, ours, attention(name), tensors(name, coordinates), precision)
 
 
 @pytest.mark.parametrize("name", INSTALLED)
@@ -151,8 +151,8 @@ def test_modules_without_a_mask_and_compiled(name):
             return compiled(*arguments)
 
     module, given = attention(name), tensors(name, 4)
-    drop_in.check(original, ours, module, given)
-    drop_in.check(original, compiled_ours, module, given)
+    drop_in_checks.check(original, ours, module, given)
+    drop_in_checks.check(original, compiled_ours, module, given)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
@@ -161,14 +161,14 @@ def test_levels_with_their_own_points(name, precision):
     original, ours = both(name)
     # In fp64 powers of two: the originals keep 1 / points in fp32.
     module = attention(name, points=[4, 8, 2] if precision == "fp64" else [3, 6, 2])
-    drop_in.check(original, ours, module, tensors(name, 4), precision)
+    drop_in_checks.check(original, ours, module, tensors(name, 4), precision)
 
 
 @pytest.mark.parametrize("name", PER_LEVEL)
 def test_discrete_sampling(name):
     original, ours = both(name, padding(name))
     module = attention(name, method="discrete")
-    drop_in.check(original, ours, module, tensors(name, 4))
+    drop_in_checks.check(original, ours, module, tensors(name, 4))
 
 
 @pytest.mark.parametrize("name", INSTALLED)
@@ -376,9 +376,9 @@ def test_two_steps_of_training_have_the_losses_of_the_original(whole):
     def loss(model):
         return model(**inputs).loss
 
-    original = drop_in.sgd_losses(model, loss)
+    original = drop_in_checks.sgd_losses(model, loss)
     with patch_transformers(name):
-        ours = drop_in.sgd_losses(model, loss)
+        ours = drop_in_checks.sgd_losses(model, loss)
     assert original[0] != original[-1]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
 
