@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 
 import children
 import vitadapter_ops
+from optional import require_integration
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +38,6 @@ def require_cuda() -> None:
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
         pytest.skip("needs a GPU")
-
-
-def require_integration(module: str) -> ModuleType:
-    """Imports another project, or skips; with REQUIRE_INTEGRATIONS=1 it must be there."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as missing:
-        if os.environ.get("REQUIRE_INTEGRATIONS") == "1":
-            pytest.fail(f"REQUIRE_INTEGRATIONS=1, and {module} is not importable: {missing}")
-        pytest.skip(f"needs {module.split('.')[0]}: {missing}")
 
 
 @pytest.fixture

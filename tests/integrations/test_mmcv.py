@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import drop_in_checks
-from conftest import require_integration
+from optional import require_integration
 from vitadapter_ops.compat import functions, mmcv
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]

@@ -9,7 +9,7 @@ from torch import nn
 
 import children
 import drop_in_checks
-from conftest import require_integration
+from optional import require_integration
 from vitadapter_ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.compat.onnx import OPSET, PLUGIN, translation_table
 
