@@ -70,7 +70,8 @@ class Contract(NamedTuple):
 
         def gradients(ctx: Any, *grads: Tensor | None) -> Any:
             chosen = op
-            on_gpu = ctx.saved_tensors[0].device.type != "cpu"
+            # Not of a saved tensor: activation checkpointing lets them be asked for once.
+            on_gpu = any(grad is not None and grad.device.type != "cpu" for grad in grads)
             if on_gpu and torch.are_deterministic_algorithms_enabled():
                 # Atomics on a GPU add in any order; the reference's index_add_ obeys the flag.
                 chosen = f"{self.name}_reference"

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
@@ -113,6 +114,30 @@ def test_gradcheck(backend, case):
 
     tensors = tuple(t.requires_grad_() for t in inputs.tensors)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=case.channels > 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_activation_checkpointing_changes_no_gradient(reentrant):
+    torch.manual_seed(0)
+    module = MSDeformAttn(d_model=24, n_levels=2, n_heads=3, n_points=2)
+    inputs = cases.SMALL[3].inputs().to(torch.float32)
+    query, reference = torch.randn(2, 5, 24, requires_grad=True), torch.rand(2, 5, 1, 2)
+    feature = torch.randn(2, 30, 24, requires_grad=True)
+
+    def step(query, feature):
+        value, locations, weights = inputs.tensors
+        out = ms_deform_attn(value * query.sum(), inputs.spatial_shapes, locations, weights)
+        return out.sum() + module(query, reference, feature, [(4, 6), (2, 3)]).square().sum()
+
+    expected = torch.autograd.grad(step(query, feature), (query, feature))
+    out = torch.utils.checkpoint.checkpoint(step, query, feature, use_reentrant=reentrant)
+    if reentrant:
+        out.backward()  # the only way that it supports
+        got = query.grad, feature.grad
+    else:
+        got = torch.autograd.grad(out, (query, feature))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_second_order_gradients_are_refused(backend):
