@@ -103,8 +103,8 @@ TRITON = Implementation(
     "vitadapter_ops-triton", lambda inputs: _ours(inputs, "triton"), "triton", _why_no_triton
 )
 RIVALS = (
-    TRITON,
     Implementation("grid_sample", _grid_sample, "torch"),
+    TRITON,
     COMPILED,
     Implementation("torch-ms-deform-attn", _torch_ms_deform_attn, "torch_ms_deform_attn"),
     Implementation("onedl-mmcv", _mmcv, "mmcv.ops.multi_scale_deform_attn"),
