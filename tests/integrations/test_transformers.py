@@ -168,6 +168,7 @@ def test_levels_with_their_own_points(name, precision):
 def test_discrete_sampling(name):
     original, ours = both(name, padding(name))
     module = attention(name, method="discrete")
+    # Offsets get no gradient rather than one of zero, which optimizers would act on.
     drop_in_checks.check(original, ours, module, tensors(name, 4))
 
 

@@ -84,9 +84,9 @@ class _MultiPoint(nn.Module):
         padding: Tensor | None = None,
     ) -> Tensor:
         """Samples value [B, S, M * D] where it is not padding [B, S]; [B, Q, M * D]."""
-        offsets, logits = _common.offsets_and_logits(self, query)
         points = self.num_points_list
         if self.method == "default":
+            offsets, logits = _common.offsets_and_logits(self, query)
             return _common.attend(
                 value,
                 spatial_shapes,
@@ -99,6 +99,9 @@ class _MultiPoint(nn.Module):
             )
         if padding is not None:
             value = value.masked_fill(padding.unsqueeze(-1), 0.0)
+        # Two products: from one, the offsets would get a gradient of zero instead of none.
+        offsets = self.sampling_offsets(query)
+        logits = self.attention_weights(query)
         shape = (*query.shape[:2], self.num_heads, sum(points))
         return deformable_attention_core_func_v2(
             torch.unflatten(value, -1, (self.num_heads, -1)),
@@ -110,7 +113,7 @@ class _MultiPoint(nn.Module):
                 points,
                 self.offset_scale,
             ),
-            logits.reshape(shape).softmax(-1),
+            logits.view(shape).softmax(-1),
             points,
             "discrete",
         )

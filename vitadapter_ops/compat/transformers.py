@@ -88,21 +88,24 @@ def _attention(
     scale = getattr(self, "offset_scale", 0.5)
     project = getattr(self, "value_proj", None)
     value = encoder_hidden_states if project is None else project(encoder_hidden_states)
-    offsets, logits = _common.offsets_and_logits(module, hidden_states)
     if getattr(self, "method", getattr(self, "decoder_method", "default")) == "default":
+        offsets, logits = _common.offsets_and_logits(module, hidden_states)
         output, weights = _common.attend_with_weights(
             value, spatial_shapes, reference_points, offsets, logits, points, scale, padding
         )
     else:
         if padding is not None:
             value = value.masked_fill(padding.unsqueeze(-1), 0.0)
+        # Two products: from one, the offsets would get a gradient of zero instead of none, and
+        # optimizers tell the two apart.
+        offsets = self.sampling_offsets(hidden_states)
         shape = (*hidden_states.shape[:2], self.n_heads, sum(points))
-        weights = logits.reshape(shape).softmax(-1)
+        weights = self.attention_weights(hidden_states).view(shape).softmax(-1)
         output = functions.multi_scale_deformable_attention_v2(
             torch.unflatten(value, -1, (self.n_heads, -1)),
             spatial_shapes,
             _common.locations(
-                reference_points, offsets.reshape(*shape, 2), spatial_shapes, points, scale
+                reference_points, offsets.view(*shape, 2), spatial_shapes, points, scale
             ),
             weights,
             points,
