@@ -103,10 +103,12 @@ class Buffer {
   void resize(int64_t size) {
     if (size <= size_) return;
     std::free(data_);
-    // On cache lines: a vector that crosses them costs twice.
+    // On cache lines, since a vector that crosses them costs twice; planes on huge pages.
     const size_t bytes = static_cast<size_t>(size) * sizeof(T);
-    data_ = static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    const size_t unit = bytes >= cpu::kHugePage ? cpu::kHugePage : 64;
+    data_ = static_cast<T*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
     if (data_ == nullptr) throw std::bad_alloc();
+    if (unit == cpu::kHugePage) cpu::advise_huge_pages(data_, bytes + unit - 1);
     size_ = size;
   }
   T* data() { return data_; }

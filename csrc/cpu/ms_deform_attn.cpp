@@ -15,21 +15,13 @@ namespace {
 // more than it saves (about 10 us against 0.1 ns per sample and channel).
 constexpr int64_t kSamplesPerTask = 1 << 16;
 
-// An output too large for malloc to reuse (32 MiB) is new memory, each page of which faults when it
-// is first written: a third of the time of a large call. Huge pages fault once per 2 MiB.
+// malloc maps blocks from this size on anew at every call; smaller ones it reuses.
+constexpr size_t kAlwaysNew = size_t(1) << 25;
+
 template <typename T>
-void advise_huge_pages(T* data, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t end = begin + static_cast<uintptr_t>(size) * sizeof(T);
-  if (end - begin < (uintptr_t(1) << 25)) return;
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  // Only advice: whether it is taken changes no result.
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)size;
-#endif
+void advise_for_output(T* data, int64_t size) {
+  const size_t bytes = static_cast<size_t>(size) * sizeof(T);
+  if (bytes >= kAlwaysNew) advise_huge_pages(data, bytes);
 }
 
 struct Cpu {
@@ -56,7 +48,7 @@ struct Cpu {
     const auto& kernel = kernels().template get<value_t, Points>();
     const Problem& n = p.problem;
     const Cut cut = forward_cut(n);
-    advise_huge_pages(p.out, n.rows() * n.channels);
+    advise_for_output(p.out, n.rows() * n.channels);
     run(n, n.batch * cut.groups(n) * cut.blocks(n),
         [&](int64_t begin, int64_t end) { kernel.forward(p, cut, begin, end); });
   }
@@ -77,7 +69,7 @@ struct Cpu {
           [&](int64_t begin, int64_t end) { kernel.backward_points(p, cut, begin, end); });
     }
     if (p.grad_value != nullptr) {
-      advise_huge_pages(p.grad_value, n.batch * n.pixels * n.heads * n.channels);
+      advise_for_output(p.grad_value, n.batch * n.pixels * n.heads * n.channels);
       run(n, groups * share.count(),
           [&](int64_t begin, int64_t end) { kernel.backward_value(p, cut, share, begin, end); });
     }
@@ -85,6 +77,18 @@ struct Cpu {
 };
 
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 }  // namespace vitadapter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vitadapter_ops, CPU, m) {
