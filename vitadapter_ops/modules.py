@@ -135,13 +135,12 @@ class MSDeformAttn(nn.Module):
         pixels = input_flatten.shape[1]
         _checks.shape("query", query, (batch, queries, self.d_model), "d_model")
         _checks.shape("input_flatten", input_flatten, (batch, pixels, self.d_model), "query")
-        sizes, starts = _checks.levels(input_spatial_shapes, input_level_start_index, pixels)
-        if len(sizes) != self.n_levels:
+        # What is not the module's own, the operator checks.
+        levels = len(input_spatial_shapes)
+        if levels != self.n_levels:
             raise ValueError(
-                f"input_spatial_shapes: expected {self.n_levels} levels (n_levels), "
-                f"got {len(sizes)}"
+                f"input_spatial_shapes: expected {self.n_levels} levels (n_levels), got {levels}"
             )
-        _checks.reference_points(reference_points, batch, queries, self.n_levels)
         if input_padding_mask is not None:
             _checks.padding_mask(input_padding_mask, batch, pixels, "input_padding_mask")
 
@@ -150,11 +149,11 @@ class MSDeformAttn(nn.Module):
         points = self.n_levels * self.n_points
         out = ms_deform_attn_from_offsets(
             value,
-            sizes,
+            input_spatial_shapes,
             reference_points,
             offsets.view(batch, queries, self.n_heads, points, 2),
             logits.view(batch, queries, self.n_heads, points),
-            level_start_index=starts,
+            level_start_index=input_level_start_index,
             padding_mask=input_padding_mask,
         )
         return self.output_proj(out)
