@@ -23,8 +23,7 @@ namespace vitadapter {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The part of a problem that value and its levels decide. points: of each level, or null for
-// `total` / L each.
+// A problem, from value and its levels; `points` of each level.
 inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
                             const std::vector<int64_t>& level_start_index,
                             const std::vector<int64_t>& points, int64_t queries) {

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 import torch
 
 import children
 import vitadapter_ops
-from optional import require_integration
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +35,6 @@ def require_cuda() -> None:
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
         pytest.skip("needs a GPU")
-
-
-@pytest.fixture
-def require_module() -> Callable[[str], ModuleType]:
-    """`require_integration`, for tests that do not import this file."""
-    return require_integration
 
 
 def _backends() -> list[tuple[str, str]]:

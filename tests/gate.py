@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
 import oracles
@@ -33,6 +34,60 @@ def run(function: Callable[..., Tensor], inputs: cases.Inputs, cotangent: Tensor
     out = function(tensors[0], inputs.spatial_shapes, *tensors[1:], inputs.level_start_index)
     grads = torch.autograd.grad(out, tensors, cotangent.to(out))
     return [t.detach().cpu() for t in (out, *grads)]
+
+
+def dense_permuted(tensor: Tensor) -> Tensor:
+    """The same values with the strides of another order of dimensions, without gaps."""
+    order = list(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+class _Backwards(TorchDispatchMode):
+    """Records what our backward operators were asked for, and how large each result was."""
+
+    def __init__(self, gradients: int) -> None:
+        super().__init__()
+        self.gradients = gradients
+        self.asked: list[tuple[tuple[bool, ...], list[int]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.endswith("_backward.default"):
+            self.asked.append((tuple(args[-self.gradients :]), [t.numel() for t in result]))
+        return result
+
+
+def check_needs(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
+) -> None:
+    """Holds a backward to compute the gradients that are needed, and none that is not.
+
+    Args:
+        function: from `inputs` to the output.
+        inputs: all that may get a gradient.
+        needs: which of them do.
+    """
+
+    def grads(needs):
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
+        out = function(*tensors)
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
+        return [t.grad for t in tensors]
+
+    everything = grads((True,) * len(inputs))
+    with _Backwards(len(inputs)) as record:
+        got = grads(needs)
+    if not any(needs):
+        assert record.asked == []
+        return
+    ((flags, sizes),) = record.asked
+    assert flags == needs
+    for tensor, need, size, grad, full in zip(inputs, needs, sizes, got, everything, strict=True):
+        assert size == (tensor.numel() if need else 0)
+        assert (grad is not None) == need
+        if need:
+            torch.testing.assert_close(grad, full)
 
 
 def check(

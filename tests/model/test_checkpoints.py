@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import vitadapter
+from optional import require_integration
 from vitadapter import load_checkpoint
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8}
@@ -215,8 +216,8 @@ def test_files_packed_once_more(tmp_path):
     assert _is_loaded(model, state)
 
 
-def test_safetensors(tmp_path, require_module):
-    save_file = require_module("safetensors.torch").save_file
+def test_safetensors(tmp_path):
+    save_file = require_integration("safetensors.torch").save_file
 
     model = _model()
     state = _state(model)

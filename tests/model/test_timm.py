@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import vitadapter
+from optional import require_integration
 from vitadapter import ViTAdapter
 from vitadapter.adapter import ADAPTER_PARTS
 
@@ -33,8 +34,8 @@ MODELS = {
 
 
 @pytest.fixture
-def timm(require_module):
-    return require_module("timm")
+def timm():
+    return require_integration("timm")
 
 
 def _build(name: str, task: str = "segmentation", **options) -> ViTAdapter:

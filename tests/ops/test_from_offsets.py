@@ -226,12 +226,7 @@ def test_one_projection_for_offsets_and_logits(backend, case):
 def test_strided_inputs(backend):
     device, name = backend
     inputs = cases.OFFSETS[4].inputs().to(torch.float32, device)
-
-    def permuted(t):
-        order = list(reversed(range(t.dim())))
-        return t.permute(order).contiguous().permute(order)
-
-    value, reference, offsets, logits = map(permuted, inputs.tensors)
+    value, reference, offsets, logits = map(gate.dense_permuted, inputs.tensors)
     strided = dataclasses.replace(
         inputs,
         value=value,
@@ -246,35 +241,9 @@ def test_strided_inputs(backend):
 def test_gradients_that_are_not_needed_are_not_computed(backend, needs):
     device, name = backend
     inputs = cases.OFFSETS[8].inputs().to(torch.float32, device)
-    asked = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if func.__name__.endswith("_backward.default"):
-                asked.append((args[-4:], [t.numel() for t in result]))
-            return result
-
-    def grads(needs):
-        tensors = [
-            t.detach().requires_grad_(need) for t, need in zip(inputs.tensors, needs, strict=True)
-        ]
-        out = gate.from_offsets(name)(inputs, *tensors)[0]
-        out.backward(torch.ones_like(out))
-        return [t.grad for t in tensors]
-
-    everything = grads((True,) * 4)
-    with Record():
-        got = grads(needs)
-    ((flags, sizes),) = asked
-    assert tuple(flags) == needs
-    for tensor, need, size, grad, full in zip(
-        inputs.tensors, needs, sizes, got, everything, strict=True
-    ):
-        assert size == (tensor.numel() if need else 0)
-        assert (grad is not None) == need
-        if need:
-            torch.testing.assert_close(grad, full)
+    gate.check_needs(
+        lambda *tensors: gate.from_offsets(name)(inputs, *tensors)[0], inputs.tensors, needs
+    )
 
 
 def test_only_the_arguments_are_kept_for_the_backward(backend):
@@ -339,8 +308,7 @@ def test_opcheck_forward(name, case, permuted):
     arguments = case.inputs().to(torch.float32).arguments
     for i in (0, 4, 5, 6):
         if permuted:
-            order = list(reversed(range(arguments[i].dim())))
-            arguments[i] = arguments[i].permute(order).contiguous().permute(order)
+            arguments[i] = gate.dense_permuted(arguments[i])
         arguments[i] = arguments[i].requires_grad_()
     op = getattr(OPS, f"ms_deform_attn_from_offsets{name}").default
     for return_weights in (True, False):

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
+import gate
 from vitadapter_ops import MSDeformAttn, ms_deform_attn
 
 OPS = torch.ops.vitadapter_ops
@@ -27,12 +27,6 @@ def op_arguments(case, dtype=torch.float32):
     ]
 
 
-def dense_permuted(tensor):
-    """The same values with the strides of another order of dimensions, without gaps."""
-    order = list(reversed(range(tensor.dim())))
-    return tensor.permute(order).contiguous().permute(order)
-
-
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +34,7 @@ def test_opcheck_forward(name, case, permuted):
     arguments = op_arguments(case)
     for i in (0, 3, 4):
         if permuted:
-            arguments[i] = dense_permuted(arguments[i])
+            arguments[i] = gate.dense_permuted(arguments[i])
         arguments[i] = arguments[i].requires_grad_()
     torch.library.opcheck(getattr(OPS, name).default, tuple(arguments))
 
@@ -53,8 +47,8 @@ def test_opcheck_backward(name, needs, permuted):
     arguments = op_arguments(case)
     grad = torch.randn(case.batch, case.queries, case.heads * case.channels)
     if permuted:
-        grad = dense_permuted(grad)
-        arguments = [dense_permuted(a) if torch.is_tensor(a) else a for a in arguments]
+        grad = gate.dense_permuted(grad)
+        arguments = [gate.dense_permuted(a) if torch.is_tensor(a) else a for a in arguments]
     torch.library.opcheck(getattr(OPS, f"{name}_backward").default, (grad, *arguments, *needs))
 
 
@@ -62,39 +56,11 @@ def test_opcheck_backward(name, needs, permuted):
 def test_gradients_that_are_not_needed_are_not_computed(backend, needs):
     device, name = backend
     inputs = cases.SMALL[3].inputs().to(torch.float32, device)
-    asked = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if func.__name__.endswith("_backward.default"):
-                asked.append((args[-3:], [t.numel() for t in result]))
-            return result
-
-    def grads(needs):
-        tensors = [
-            t.detach().requires_grad_(need) for t, need in zip(inputs.tensors, needs, strict=True)
-        ]
-        out = ms_deform_attn(tensors[0], inputs.spatial_shapes, *tensors[1:], backend=name)
-        if out.requires_grad:
-            out.backward(torch.ones_like(out))
-        return [t.grad for t in tensors]
-
-    everything = grads((True, True, True))
-    with Record():
-        got = grads(needs)
-    if not any(needs):
-        assert asked == []
-        return
-    ((flags, sizes),) = asked
-    assert tuple(flags) == needs
-    for tensor, need, size, grad, full in zip(
-        inputs.tensors, needs, sizes, got, everything, strict=True
-    ):
-        assert size == (tensor.numel() if need else 0)
-        assert (grad is not None) == need
-        if need:
-            torch.testing.assert_close(grad, full)
+    gate.check_needs(
+        lambda value, *points: ms_deform_attn(value, inputs.spatial_shapes, *points, backend=name),
+        inputs.tensors,
+        needs,
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in cases.SMALL if c.channels <= 16], ids=str)
