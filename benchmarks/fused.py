@@ -4,9 +4,10 @@
     python benchmarks/fused.py
 
 Both go from offsets and logits to the operator's output. The chain is softmax and locations in
-torch, then `ms_deform_attn`. Three tables: time and peak memory for the shapes of ViT-Adapter and
-Deformable DETR; bytes that are kept for the backward and moved by each call, counted; and what
-bf16 offsets, and bf16 locations, cost in accuracy.
+torch, then `ms_deform_attn`. Four tables: time and peak memory for the shapes of ViT-Adapter and
+Deformable DETR; the two projections before it as one matrix product, as `MSDeformAttn` has them;
+bytes that are kept for the backward and moved by each call, counted; and what bf16 offsets, and
+bf16 locations, cost in accuracy.
 """
 
 from __future__ import annotations
@@ -55,14 +56,17 @@ WIDTHS = (64, 167, 512)
 BENCH = tuple(cases.fused(case) for case in cases.BENCH if case.grids)
 
 
-def chain(inputs: cases.OffsetInputs, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """What models do without the fused operator: every intermediate result is a tensor."""
+def chain(
+    inputs: cases.OffsetInputs, sides: Tensor, value: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """What models do without the fused operator: every intermediate result is a tensor.
+
+    `sides` are the levels' widths and heights [L, 1, 2], on the device already as in models.
+    """
     levels, points = len(inputs.spatial_shapes), inputs.points_per_level[0]
     shape = (*logits.shape[:3], levels, points)
-    # On the device already, as models keep it.
-    sides = inputs.offset_scale
     locations = inputs.reference_points[:, :, None, :, None] + offsets.view(*shape, 2) / sides
-    weights = logits.to(inputs.reference_points.dtype).softmax(-1).view(shape)
+    weights = logits.to(sides.dtype).softmax(-1).view(shape)
     return ms_deform_attn(value, inputs.spatial_shapes, locations, weights)
 
 
@@ -76,14 +80,12 @@ def prepare(case: cases.OffsetCase, method: str, which: str, dtype: torch.dtype,
     """Inputs and gradients are built here; returns the step to measure."""
     inputs = case.inputs().to(dtype, device)
     value, reference, offsets, logits = inputs.tensors
+    function = partial(fused, inputs)
     if method == "chain":
         sides = [(width, height) for height, width in case.shapes]
-        # The chain has no scale of its own; the field carries the levels' sizes.
-        inputs = cases.replace(
-            inputs,
-            offset_scale=torch.tensor(sides, dtype=reference.dtype, device=device)[:, None],
+        function = partial(
+            chain, inputs, torch.tensor(sides, dtype=reference.dtype, device=device)[:, None]
         )
-    function = partial(chain if method == "chain" else fused, inputs)
     if which == "forward":
         return partial(_forward, function, value, offsets, logits)
     leaves = [t.requires_grad_() for t in (value, offsets, logits)]
@@ -183,6 +185,59 @@ def add_row(table: Table, results: dict[str, Any]) -> None:
     table.add_row(*cells)
 
 
+def _products(layers: Sequence[torch.nn.Linear], query: Tensor, together: bool) -> Sequence[Tensor]:
+    """MSDeformAttn's two projections of the query, as one product or as two."""
+    if not together:
+        return [layer(query) for layer in layers]
+    weight, bias = (torch.cat([getattr(la, n) for la in layers]) for n in ("weight", "bias"))
+    widths = [layer.out_features for layer in layers]
+    return torch.nn.functional.linear(query, weight, bias).split(widths, -1)
+
+
+def prepare_products(case: cases.OffsetCase, together: bool, which: str, device: str):
+    """As `prepare`, for the projections of queries as wide as all heads."""
+    width, points = case.heads * case.channels, case.heads * sum(case.points)
+    layers = [torch.nn.Linear(width, n * points, device=device) for n in (2, 1)]
+    query = torch.randn(case.batch, case.queries, width, device=device)
+    if which == "forward":
+        return partial(_forward, partial(_products, layers, together=together), query)
+    leaves = [query.requires_grad_(), *(p for layer in layers for p in layer.parameters())]
+    cotangents = [torch.randn(*query.shape[:2], n * points, device=device) for n in (2, 1)]
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(_products(layers, query, together), leaves, cotangents)
+
+    return both
+
+
+def products_table(
+    chosen: Sequence[cases.OffsetCase], args: argparse.Namespace, device: str
+) -> tuple[Table, list[dict[str, Any]]]:
+    table = Table(title="Offsets and logits from the query, float32, ms", **LOOK)
+    columns(table, "shape", "pass", "two products", "one", "ratio")
+    rows = []
+    for case in chosen:
+        for which in PASSES:
+            steps = {t: Case(prepare_products(case, t, which, device)) for t in (False, True)}
+            timed = take_turns(steps, device=torch.device(device), warmup=3, repeats=args.repeats)
+            two, one = timed[False], timed[True]
+            if isinstance(two, OutOfMemory) or isinstance(one, OutOfMemory):
+                continue
+            speed_up = ratio(two.median, one.median)
+            rows.append(
+                {
+                    "case": case.name,
+                    "pass": which,
+                    "two": two.as_json(),
+                    "one": one.as_json(),
+                    "speed_up": speed_up,
+                }
+            )
+            cells = (span(rows[-1][name], "ms") for name in ("two", "one"))
+            table.add_row(case.name, which, *cells, times(speed_up))
+    return table, rows
+
+
 def bytes_table(chosen: Sequence[cases.OffsetCase]) -> Table:
     table = Table(title="Counted: MiB kept for the backward, and moved by a forward", **LOOK)
     columns(table, "shape", "dtype", "kept: chain", "fused", "moved: chain", "fused")
@@ -206,7 +261,6 @@ def accuracy(width: int, device: str) -> dict[str, Any]:
     case = cases.OffsetCase("", tuple(shape), (8,), 1, 4096, 4, 8, spread=2.0)
     g = torch.Generator().manual_seed(0)
     inputs = case.inputs(stored=torch.float64).to(torch.float64)
-    # A map without high frequencies beyond what pixels hold: errors of position show as they are.
     value = torch.randn(inputs.value.shape, generator=g, dtype=torch.float64)
     _, reference, offsets, logits = inputs.tensors
     reference = reference.clamp(0.02, 0.98)
@@ -338,7 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [case for case in BENCH if args.cases in case.name]
     table, record["speed"] = speed_table(chosen, args, device, console)
     record["accuracy"] = [accuracy(width, device) for width in WIDTHS]
-    for shown in (table, bytes_table(chosen), accuracy_table(record["accuracy"])):
+    products, record["products"] = products_table(chosen, args, device)
+    for shown in (table, products, bytes_table(chosen), accuracy_table(record["accuracy"])):
         console.print(shown)
         console.print()
     for line in verdicts(record):

@@ -29,6 +29,16 @@ def test_both_ways_compute_the_same(which):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("which", fused.PASSES)
+def test_one_product_computes_what_two_do(which):
+    results = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        results.append(fused.prepare_products(CASE, together, which, "cpu")())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", fused.METHODS)
 def test_kept_bytes_are_those_of_the_saved_tensors(method, dtype):
@@ -62,6 +72,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     record = json.loads(path.read_text())
     assert [row["pass"] for row in record["speed"]] == list(fused.PASSES)
     assert all(row["speed_up"] > 0 and row["memory_share"] > 0 for row in record["speed"])
+    assert [row["pass"] for row in record["products"]] == list(fused.PASSES)
     text = capsys.readouterr().out
     assert "injector-S-512" in text
     assert "error at most" in text
