@@ -54,6 +54,8 @@ inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spa
                        static_cast<int32_t>(p.points), static_cast<int32_t>(points[l])};
     p.points += points[l];
   }
+  p.by_heads = Divisor(static_cast<uint32_t>(p.heads));
+  p.by_queries = Divisor(static_cast<uint32_t>(p.queries));
   return p;
 }
 
@@ -279,8 +281,9 @@ inline void check_grad_output(const Tensor& grad, const Tensor& value, const Pro
                   "grad_output: expected the shape and dtype of the output");
 }
 
-// One launcher for both devices. A device provides `forward(params)` and `backward(params)`; what
-// is allocated, checked and skipped is the same everywhere.
+// One launcher for both devices. A device provides `forward(params)` and `backward(params,
+// deterministic, value)`, whose last argument is there to allocate beside; what is allocated,
+// checked and skipped is the same everywhere.
 template <typename Device>
 Tensor launch_forward(const Tensor& value_in, const std::vector<int64_t>& spatial_shapes,
                       const std::vector<int64_t>& level_start_index, const Tensor& locations_in,
@@ -310,7 +313,7 @@ Tensor launch_forward(const Tensor& value_in, const std::vector<int64_t>& spatia
 }
 
 // A gradient that is not needed is returned as an empty tensor and never computed.
-template <typename Device>
+template <typename Device, bool deterministic = false>
 std::tuple<Tensor, Tensor, Tensor> launch_backward(
     const Tensor& grad_out_in, const Tensor& value_in, const std::vector<int64_t>& spatial_shapes,
     const std::vector<int64_t>& level_start_index, const Tensor& locations_in,
@@ -333,16 +336,18 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
       using value_t = typename decltype(types)::value_t;
       using point_t = typename decltype(types)::loc_t;
       using grad_t = typename Device::template grad_t<value_t>;
-      Device::backward(BackwardParams<value_t, Located<point_t>, grad_t>{
-          problem,
-          const_ptr<value_t>(grad_out),
-          const_ptr<value_t>(value),
-          value_strides(value),
-          nullptr,
-          {const_ptr<point_t>(locations), const_ptr<point_t>(weights)},
-          need_value ? mutable_ptr<grad_t>(grad_value.tensor) : nullptr,
-          {need_locations ? mutable_ptr<point_t>(grad_locations) : nullptr,
-           need_weights ? mutable_ptr<point_t>(grad_weights) : nullptr}});
+      Device::backward(
+          BackwardParams<value_t, Located<point_t>, grad_t>{
+              problem,
+              const_ptr<value_t>(grad_out),
+              const_ptr<value_t>(value),
+              value_strides(value),
+              nullptr,
+              {const_ptr<point_t>(locations), const_ptr<point_t>(weights)},
+              need_value ? mutable_ptr<grad_t>(grad_value.tensor) : nullptr,
+              {need_locations ? mutable_ptr<point_t>(grad_locations) : nullptr,
+               need_weights ? mutable_ptr<point_t>(grad_weights) : nullptr}},
+          deterministic, value);
     });
   }
   return {grad_value.finished(), grad_locations, grad_weights};
@@ -376,7 +381,7 @@ std::tuple<Tensor, Tensor> launch_forward_from_offsets(
   return {out, weights};
 }
 
-template <typename Device>
+template <typename Device, bool deterministic = false>
 std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
     const Tensor& grad_out_in, const std::optional<Tensor>& grad_weights_in, const Tensor& value_in,
     const std::vector<int64_t>& spatial_shapes, const std::vector<int64_t>& level_start_index,
@@ -419,18 +424,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
     using value_t = typename decltype(types)::value_t;
     using point_t = typename decltype(types)::loc_t;
     using grad_t = typename Device::template grad_t<value_t>;
-    Device::backward(BackwardParams<value_t, Offsets<point_t>, grad_t>{
-        problem,
-        const_ptr<value_t>(grad_out),
-        const_ptr<value_t>(value),
-        value_strides(value),
-        points.mask_ptr(),
-        points.points<point_t>(),
-        need_value ? mutable_ptr<grad_t>(grad_value.tensor) : nullptr,
-        {need_offsets ? mutable_ptr<point_t>(grad_offsets) : nullptr,
-         need_logits ? mutable_ptr<point_t>(grad_logits) : nullptr,
-         need_reference ? mutable_ptr<acc_t<point_t>>(by_head) : nullptr,
-         grad_weights.has_value() ? const_ptr<point_t>(*grad_weights) : nullptr}});
+    Device::backward(
+        BackwardParams<value_t, Offsets<point_t>, grad_t>{
+            problem,
+            const_ptr<value_t>(grad_out),
+            const_ptr<value_t>(value),
+            value_strides(value),
+            points.mask_ptr(),
+            points.points<point_t>(),
+            need_value ? mutable_ptr<grad_t>(grad_value.tensor) : nullptr,
+            {need_offsets ? mutable_ptr<point_t>(grad_offsets) : nullptr,
+             need_logits ? mutable_ptr<point_t>(grad_logits) : nullptr,
+             need_reference ? mutable_ptr<acc_t<point_t>>(by_head) : nullptr,
+             grad_weights.has_value() ? const_ptr<point_t>(*grad_weights) : nullptr}},
+        deterministic, value);
   });
   Tensor grad_reference = by_head;
   if (need_reference) {

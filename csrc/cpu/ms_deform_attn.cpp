@@ -54,7 +54,8 @@ struct Cpu {
   }
 
   template <typename value_t, typename Points>
-  static void backward(const BackwardParams<value_t, Points, value_t>& p) {
+  static void backward(const BackwardParams<value_t, Points, value_t>& p, bool, const Tensor&) {
+    // Deterministic whether it is asked for or not.
     const auto& kernel = kernels().template get<value_t, Points>();
     const Problem& n = p.problem;
     const int64_t threads = torch::stable::get_num_threads();

@@ -2,102 +2,200 @@
 // Backward kernel of multi-scale deformable attention. No torch header.
 #pragma once
 
+#include "fixed_point.cuh"
 #include "points.cuh"
 
 namespace vitadapter::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kBackwardThreads = 256;
-// Two blocks per multiprocessor leave 128 registers a thread; unasked, the compiler aims at 64 for
-// sm_90 and spills.
-constexpr int kBackwardBlocks = 2;
+// Two blocks on a multiprocessor: 16 warps, 128 registers for a thread. What a lane keeps of its
+// row and its points while the dot products of others are summed does not fit the 80 of three.
+template <typename value_t>
+constexpr int kBackwardBlocks = sizeof(value_t) == 8 ? 1 : 2;
 
-// The sum over a full warp, in every lane.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T v) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    v += __shfl_xor_sync(0xffffffffu, v, offset);
+template <typename value_t, typename Points>
+struct BackwardArguments : BackwardParams<value_t, Points, acc_t<value_t>> {
+  FixedPoint fixed;  // where the gradient of value is summed instead, if it has a place
+};
+
+template <typename value_t, typename Points, int CHANNELS>
+struct BackwardMemory {
+  using stage = Stage<value_t, CHANNELS>;
+  using gradients = RowGradients<Points, Group<value_t, CHANNELS>>;
+  static constexpr int kAlignment = 16;
+
+  // Bytes for each warp: the Samples of its rows, then K numbers for each row.
+  VITADAPTER_HD static int64_t warp_bytes(int64_t points) {
+    const int64_t numbers = gradients::kNeedsMemory ? stage::group::kRows * points : 0;
+    const int64_t bytes = stage::kWarpBytes + numbers * sizeof(acc_t<value_t>);
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
-  return v;
+};
+
+// The products of grad_out with the pixels of a point's corners, over a lane's channels.
+template <typename Group, typename value_t, typename sample, typename acc>
+__device__ __forceinline__ void dot_products(const sample& at, const value_t* plane,
+                                             typename Group::index_t step, const value_t* grad_out,
+                                             const acc g[Group::kVec], int64_t channels, int lane,
+                                             acc s[4]) {
+  if constexpr (Group::kGeneral) {
+    for (int64_t c = lane; c < channels; c += kWarp) {
+      const acc go = to_acc(grad_out[c]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[i] += go * to_acc(*pixel_of<value_t>(plane + c, at.pixel[i], step));
+      }
+    }
+  } else {
+    typename Group::pack v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = *pixel_of<typename Group::pack>(plane, at.pixel[i], step);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < Group::kVec; ++e) s[i] += g[e] * to_acc(v[i].v[e]);
+    }
+  }
 }
 
-// The memory that a launch asks for, shared by the threads of a block.
-template <typename T>
-__device__ __forceinline__ T* block_memory() {
-  extern __shared__ __align__(16) unsigned char vitadapter_block_memory[];
-  return reinterpret_cast<T*>(vitadapter_block_memory);
+// Adds the shares of a point's corners to the gradient of value: in packs of four channels where
+// memory can, otherwise lane beside lane, so that each instruction adds to whole sectors.
+template <typename Group, typename Sum, typename value_t, typename sample, typename acc>
+__device__ __forceinline__ void add_shares(const sample& at, const Sum& to, const value_t* grad_out,
+                                           const acc g[Group::kVec], bool has_channels,
+                                           int64_t channels, int lane) {
+  if constexpr (Sum::kVectors && !Group::kGeneral) {
+    if (!has_channels) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const acc w = at.weight[i];
+      if (w == acc(0)) continue;
+      acc* pixel = to.pixel(at.pixel[i]) + lane % Group::kLanes * Group::kVec;
+#pragma unroll
+      for (int e = 0; e < Group::kVec; e += 4) {
+        add_four(pixel + e, w * g[e], w * g[e + 1], w * g[e + 2], w * g[e + 3]);
+      }
+    }
+  } else {
+    for (int64_t c = lane % Group::kLanes; c < channels; c += Group::kLanes) {
+      const acc go = to_acc(grad_out[c]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const acc w = at.weight[i];
+        if (w != acc(0)) to.add(to.pixel(at.pixel[i]) + c, w, go);
+      }
+    }
+  }
 }
 
 // With g = grad_out[b,q,m,:], v_i the value at corner i of a point and s_i = <g, v_i>:
 //   gradients of the point = point_gradient(s_0..s_3)              (bilinear.h, points.cuh)
 //   grad_value[corner i] += w * (bilinear weight of i) * g
 //
-// One warp per row (b, q, m); lanes stride over the channels, so that the four dot products of a
-// point are four shuffle reductions. Gradients of points have one writer each and need no zeroing.
+// A group of lanes for each row, as in the forward kernel. The four dot products of a point are
+// summed over the group by shuffles and take the place of its corners' weights in memory, where the
+// lane that placed the point finds them: its gradients have one writer and need no zeroing.
 // grad_value takes floating-point atomics, whose order, and so whose last bits, change from run to
-// run. All lanes of a warp take the same branches: the shuffles always see the full warp.
-// For Offsets a launch has K numbers of block memory for each warp.
-template <typename value_t, typename Points>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) ms_deform_attn_backward_kernel(
-    const __grid_constant__ BackwardParams<value_t, Points, acc_t<value_t>> p) {
+// run; or integer ones, which add to the same bits in any order (fixed_point.cuh).
+template <typename value_t, typename Points, int CHANNELS>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
+    ms_deform_attn_backward_kernel(const __grid_constant__ BackwardArguments<value_t, Points> p) {
   using acc = acc_t<value_t>;
+  using group = Group<value_t, CHANNELS>;
+  using stage = Stage<value_t, CHANNELS>;
+  using index_t = typename group::index_t;
   const Problem& n = p.problem;
   const int lane = threadIdx.x % kWarp;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  const int64_t rows = n.rows();
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  unsigned char* memory =
+      block_memory() + warp * BackwardMemory<value_t, Points, CHANNELS>::warp_bytes(n.points);
+  const auto samples = stage::of_row(memory, lane);
+  acc* numbers =
+      reinterpret_cast<acc*>(memory + stage::kWarpBytes) + lane / group::kLanes * n.points;
   const bool need_dots = p.grads.any();
-  acc* memory = nullptr;
-  if constexpr (RowGradients<Points>::kNeedsMemory) {
-    memory = block_memory<acc>() + threadIdx.x / kWarp * n.points;
-  }
-  for (int64_t r = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; r < rows;
-       r += warps) {
-    const RowIndex index(n, r);
-    const int64_t m = index.m, b = index.b;
-    const value_t* plane = p.value + p.stride.plane(b, m);
-    const value_t* grad_out = p.grad_out + r * n.channels;
-    const bool* mask = p.mask == nullptr ? nullptr : p.mask + b * n.pixels;
-    Row<Points> row(n, p.points, index);
-    RowGradients<Points> gradients(n, p.points, p.grads, index, memory);
-    for (int l = 0; l < n.levels; ++l) {
-      const Level level = n.level[l];
-      row.turn_to(level, l);
-      if (lane == 0) gradients.begin_level(l);
-      for (int64_t k = level.first; k < level.first + level.points; ++k) {
-        PointGradient<acc> g{0, 0, 0};
-        acc x, y;
-        row.position(k, x, y);
-        const acc attention = row.weight(k);
-        if (keep_on_map(x, y, row.height, row.width)) {
-          const auto f = footprint(x, y, level.height, level.width);
-          acc s[4] = {};
+  const index_t rows = static_cast<index_t>(n.rows());
+  const index_t step = static_cast<index_t>(p.stride.s);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
+  for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
+       r0 += stride) {
+    const int64_t r = r0 + lane / group::kLanes;
+    const bool exists = r < rows;
+    const RowIndex index(n, static_cast<index_t>(exists ? r : 0));
+    const int points = exists ? static_cast<int>(n.points) : 0;
+    const bool* mask = p.mask == nullptr ? nullptr : p.mask + index.b * n.pixels;
+    const Row<Points, group> row(n, p.points, index, points, lane);
+    RowGradients<Points, group> gradients(n, p.points, p.grads, index, points, lane, numbers);
+    const int c = lane % group::kLanes * group::kVec;
+    const bool has_channels = c < n.channels;
+    const value_t* plane =
+        p.value + p.stride.plane(index.b, index.m) + (group::kGeneral || !has_channels ? 0 : c);
+    const value_t* grad_out = p.grad_out + index.row * n.channels;
+    acc g[group::kVec] = {};
+    if constexpr (!group::kGeneral) {
+      if (has_channels) {
+        const auto v = *reinterpret_cast<const typename group::pack*>(grad_out + c);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int64_t pixel = level.pixel(f.row[i / 2], f.column[i % 2]);
-            if (mask != nullptr && mask[pixel]) continue;
-            const value_t* v = plane + pixel * p.stride.s;
-            const acc w = attention * f.wy[i / 2] * f.wx[i % 2];
-            acc* grad_value =
-                p.grad_value == nullptr
-                    ? nullptr
-                    : p.grad_value + ((b * n.pixels + pixel) * n.heads + m) * n.channels;
-            for (int64_t c = lane; c < n.channels; c += kWarp) {
-              const acc go = to_acc(grad_out[c]);
-              if (need_dots) s[i] += go * to_acc(v[c]);
-              if (grad_value != nullptr && w != acc(0)) atomicAdd(grad_value + c, w * go);
-            }
-          }
-          if (need_dots) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[i] = warp_sum(s[i]);
-            g = point_gradient(f, s, attention);
-          }
-        }
-        if (lane == 0 && need_dots) gradients.add(row, level, k, attention, g);
+        for (int e = 0; e < group::kVec; ++e) g[e] = to_acc(v.v[e]);
       }
     }
-    gradients.finish(row, n.points, lane, kWarp);
+    const int64_t first_pixel = (index.b * n.pixels * n.heads + index.m) * n.channels;
+    const FloatSum<acc, index_t> sum(p.grad_value, first_pixel, n.heads * n.channels);
+    for (int first = 0; first < n.points; first += stage::kPoints) {
+      Placed<acc> placed[stage::kEach];
+      const int count = stage::place(n, row, mask, first, points, lane, samples, placed);
+      const int most = group_max<kWarp>(count);
+      __syncwarp();
+      for (int i = 0; i < most; ++i) {
+        acc s[4] = {};
+        if (i < count) {
+          const auto at = samples[i];
+          if (need_dots) {
+            dot_products<group>(at, plane, step, grad_out, g, n.channels, lane, s);
+          }
+          if constexpr (std::is_same<acc, float>::value) {
+            if (p.fixed.sums != nullptr) {
+              const FixedPointSum<index_t> fixed(p.fixed, first_pixel, n.heads * n.channels);
+              add_shares<group>(at, fixed, grad_out, g, has_channels, n.channels, lane);
+            }
+          }
+          if (p.grad_value != nullptr && p.fixed.sums == nullptr) {
+            add_shares<group>(at, sum, grad_out, g, has_channels, n.channels, lane);
+          }
+        }
+        if (need_dots) {
+          const acc of_corner = group_sum_of_four<group::kLanes>(s, lane);
+          __syncwarp();
+          if (i < count && lane % group::kLanes < 4) {
+            samples[i].weight[lane % group::kLanes] = of_corner;
+          }
+        }
+      }
+      __syncwarp();
+      if (need_dots) {
+        PointGradient<acc> by[stage::kEach];
+#pragma unroll
+        for (int j = 0; j < stage::kEach; ++j) {
+          by[j] = {0, 0, 0};
+          const int k = stage::point(first, j, lane);
+          if (k >= points) continue;
+          const Level& level = n.level[placed[j].level];
+          if (placed[j].slot >= 0) {
+            const auto& at = samples[placed[j].slot];
+            acc s[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              s[i] = placed[j].masked >> i & 1u ? acc(0) : at.weight[i];
+            }
+            const auto f = footprint(placed[j].x, placed[j].y, level.height, level.width);
+            by[j] = point_gradient(f, s, placed[j].attention);
+          }
+          gradients.add(row, level, k, placed[j], by[j]);
+        }
+        gradients.add_references(n, row, first, placed, by);
+      }
+      __syncwarp();
+    }
+    if (need_dots) gradients.finish(row);
   }
 }
 

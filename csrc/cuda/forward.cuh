@@ -7,68 +7,94 @@
 namespace vitadapter::cuda {
 
 constexpr int kForwardThreads = 256;
-// Three blocks per multiprocessor leave 80 registers a thread; unasked, the compiler aims at 48 or
-// 64 in some cases and spills.
-constexpr int kForwardBlocks = 3;
+// Blocks on a multiprocessor: three leave 80 registers for a thread, two 128. With four, and 64,
+// some kernels spill on sm_80.
+template <int CHANNELS>
+constexpr int kForwardBlocks = CHANNELS == 0 ? 2 : 3;
 
-// VEC consecutive channels, moved by one load or store of up to 16 bytes.
-template <typename value_t, int VEC>
-struct alignas(VEC * sizeof(value_t)) Pack {
-  value_t v[VEC];
-};
+// sum += the samples of COUNT points, in order; all pixels are asked for before the first is used.
+template <int COUNT, typename Group, typename value_t, typename sample, typename acc>
+__device__ __forceinline__ void add_samples(const sample* samples, const value_t* plane,
+                                            typename Group::index_t step, acc sum[Group::kVec]) {
+  using pack = typename Group::pack;
+  acc weight[COUNT][4];
+  pack v[COUNT][4];
+#pragma unroll
+  for (int u = 0; u < COUNT; ++u) {
+    const sample s = samples[u];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      weight[u][i] = s.weight[i];
+      v[u][i] = *pixel_of<pack>(plane, s.pixel[i], step);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < COUNT; ++u) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < Group::kVec; ++e) sum[e] += weight[u][i] * to_acc(v[u][i].v[e]);
+    }
+  }
+}
 
 // out[b,q,m,:] = sum_k w[b,q,m,k] * bilinear(value_l[b,:,m,:], at point k of level l)
 // (Zhu et al. 2021, eq. 2; the convention is in bilinear.h, where points come from in points.cuh)
 //
-// One thread per row (b, q, m) and group of VEC channels, neighbouring threads on neighbouring
-// groups: a corner of D channels is one coalesced read, and the threads of a row read the same
-// points, which the L1 cache broadcasts. Sums in acc_t; every output is written once. All offsets
-// are int64.
-template <typename value_t, typename Points, int VEC>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
+// A group of lanes for each row. Its lanes place the points, two each, and share them through the
+// block's memory; then each sums its channels over the points. Every output is written once.
+template <typename value_t, typename Points, int CHANNELS>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
     ms_deform_attn_forward_kernel(const __grid_constant__ ForwardParams<value_t, Points> p) {
   using acc = acc_t<value_t>;
-  using pack = Pack<value_t, VEC>;
+  using group = Group<value_t, CHANNELS>;
+  using stage = Stage<value_t, CHANNELS>;
+  using index_t = typename group::index_t;
   const Problem& n = p.problem;
-  const int64_t groups = n.channels / VEC;
-  const int64_t total = n.rows() * groups;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; t < total;
-       t += step) {
-    const RowIndex index(n, t / groups);
-    const int64_t c = (t - index.row * groups) * VEC;
-    const value_t* plane = p.value + p.stride.plane(index.b, index.m) + c;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const auto samples = stage::of_row(block_memory() + warp * stage::kWarpBytes, lane);
+  const index_t rows = static_cast<index_t>(n.rows());
+  const index_t step = static_cast<index_t>(p.stride.s);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
+  for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
+       r0 += stride) {
+    const int64_t r = r0 + lane / group::kLanes;
+    const bool exists = r < rows;
+    const RowIndex index(n, static_cast<index_t>(exists ? r : 0));
+    const int points = exists ? static_cast<int>(n.points) : 0;
     const bool* mask = p.mask == nullptr ? nullptr : p.mask + index.b * n.pixels;
-    Row<Points> row(n, p.points, index);
-    acc sum[VEC] = {};
-    for (int l = 0; l < n.levels; ++l) {
-      const Level level = n.level[l];
-      row.turn_to(level, l);
-      for (int64_t k = level.first; k < level.first + level.points; ++k) {
-        acc x, y;
-        row.position(k, x, y);
-        if (!keep_on_map(x, y, row.height, row.width)) continue;
-        const auto f = footprint(x, y, level.height, level.width);
-        const acc attention = row.weight(k);
+    const Row<Points, group> row(n, p.points, index, points, lane);
+    for (int64_t c0 = 0; c0 < n.channels; c0 += group::kLanes * group::kVec) {
+      const int64_t c = c0 + lane % group::kLanes * group::kVec;
+      const bool has_channels = exists && c < n.channels;
+      const value_t* plane = p.value + p.stride.plane(index.b, index.m) + c;
+      acc sum[group::kVec] = {};
+      for (int first = 0; first < n.points; first += stage::kPoints) {
+        Placed<acc> placed[stage::kEach];
+        const int count = stage::place(n, row, mask, first, points, lane, samples, placed);
+        if (p.weights != nullptr && c0 == 0) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const acc w = attention * f.wy[i / 2] * f.wx[i % 2];
-          const int64_t pixel = level.pixel(f.row[i / 2], f.column[i % 2]);
-          if (mask != nullptr && mask[pixel]) continue;
-          const pack v = *reinterpret_cast<const pack*>(plane + pixel * p.stride.s);
-#pragma unroll
-          for (int e = 0; e < VEC; ++e) sum[e] += w * to_acc(v.v[e]);
+          for (int j = 0; j < stage::kEach; ++j) {
+            const int k = stage::point(first, j, lane);
+            if (k < points) from_acc(placed[j].attention, p.weights[r * n.points + k]);
+          }
         }
+        __syncwarp();
+        if (has_channels) {
+          int i = 0;
+          for (; i + 2 <= count; i += 2) add_samples<2, group>(samples + i, plane, step, sum);
+          if (i < count) add_samples<1, group>(samples + i, plane, step, sum);
+        }
+        __syncwarp();
       }
-    }
-    pack result;
+      if (has_channels) {
+        typename group::pack result;
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) from_acc(sum[e], result.v[e]);
-    *reinterpret_cast<pack*>(p.out + index.row * n.channels + c) = result;
-    if (c == 0 && p.weights != nullptr) {
-      for (int64_t k = 0; k < n.points; ++k) {
-        from_acc(row.weight(k), p.weights[index.row * n.points + k]);
+        for (int e = 0; e < group::kVec; ++e) from_acc(sum[e], result.v[e]);
+        *reinterpret_cast<typename group::pack*>(p.out + r * n.channels + c) = result;
       }
+      if constexpr (!group::kGeneral) break;
     }
   }
 }

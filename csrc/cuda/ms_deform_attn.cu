@@ -8,8 +8,7 @@
 #include <algorithm>
 
 #include "../stable_utils.h"
-#include "backward.cuh"
-#include "forward.cuh"
+#include "launch.cuh"
 
 namespace vitadapter::cuda {
 namespace {
@@ -34,16 +33,8 @@ void launch(void (*kernel)(Params), int64_t total, int threads, const Params& pa
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Whether every corner can be read as packs of `vec` channels: the width divides, and all addresses
-// are multiples of the pack's size.
-template <typename value_t, typename Points>
-bool can_pack(const ForwardParams<value_t, Points>& p, int64_t vec) {
-  const auto aligned = [&](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % (vec * sizeof(value_t)) == 0;
-  };
-  return p.problem.channels % vec == 0 && p.stride.b % vec == 0 && p.stride.s % vec == 0 &&
-         p.stride.m % vec == 0 && aligned(p.value) && aligned(p.out);
-}
+// A thread reads some of what the fixed-point kernels pass over.
+constexpr int64_t kElementsPerThread = 16;
 
 struct Cuda {
   struct Guard {
@@ -57,32 +48,57 @@ struct Cuda {
 
   template <typename value_t, typename Points>
   static void forward(const ForwardParams<value_t, Points>& p) {
-    constexpr int kVec = 16 / sizeof(value_t);
-    const int64_t elements = p.problem.rows() * p.problem.channels;
-    if (can_pack(p, kVec)) {
-      launch(ms_deform_attn_forward_kernel<value_t, Points, kVec>, elements / kVec, kForwardThreads,
-             p);
-    } else {
-      launch(ms_deform_attn_forward_kernel<value_t, Points, 1>, elements, kForwardThreads, p);
-    }
+    dispatch(p, p.out, false, [&](auto channels) {
+      using stage = Stage<value_t, channels()>;
+      const int64_t threads = p.problem.rows() * stage::group::kLanes;
+      launch(ms_deform_attn_forward_kernel<value_t, Points, channels()>, threads, kForwardThreads,
+             p, kForwardThreads / kWarp * stage::kWarpBytes);
+    });
   }
 
   template <typename value_t, typename Points>
-  static void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& p) {
-    // 48 KiB is what a block may have without asking; with very many points blocks get smaller.
-    constexpr int64_t kMemory = 48 << 10;
-    int threads = kBackwardThreads;
-    int64_t memory = 0;
-    if (RowGradients<Points>::kNeedsMemory) {
-      const int64_t each = p.problem.points * static_cast<int64_t>(sizeof(acc_t<value_t>));
-      STD_TORCH_CHECK(each <= kMemory, "sampling_offsets: the CUDA backward takes at most ",
-                      kMemory / static_cast<int64_t>(sizeof(acc_t<value_t>)),
-                      " points for each query and head, got ", p.problem.points);
-      while (threads > kWarp && threads / kWarp * each > kMemory) threads /= 2;
-      memory = threads / kWarp * each;
+  static void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& params,
+                       bool deterministic, const Tensor& value) {
+    BackwardArguments<value_t, Points> p{params, {}};
+    const Problem& n = p.problem;
+    const bool fixed = deterministic && p.grad_value != nullptr;
+    Tensor sums, most;
+    if (fixed) {
+      STD_TORCH_CHECK(sizeof(value_t) < 8,
+                      "value: the deterministic CUDA backward takes no float64");
+      const int64_t elements = n.batch * n.pixels * n.heads * n.channels;
+      sums = torch::stable::new_zeros(value, {elements}, ScalarType::Long);
+      most = torch::stable::new_zeros(value, {3}, ScalarType::Int);
+      p.fixed.sums = static_cast<unsigned long long*>(sums.mutable_data_ptr());
+      p.fixed.most = static_cast<uint32_t*>(most.mutable_data_ptr());
+      p.fixed.fraction = FixedPoint::fraction_for(n.queries * n.points);
+      const auto measured = measure(p);
+      launch(ms_deform_attn_measure_kernel<value_t, typename Points::point_t>,
+             std::max(measured.grad_count, measured.weight_count) / kElementsPerThread + 1,
+             kFixedPointThreads, measured);
     }
-    launch(ms_deform_attn_backward_kernel<value_t, Points>, p.problem.rows() * kWarp, threads, p,
-           memory);
+    dispatch(p, p.grad_out, false, [&](auto channels) {
+      using memory = BackwardMemory<value_t, Points, channels()>;
+      // 48 KiB is what a block may have without asking; with very many points blocks get smaller.
+      constexpr int64_t kMemory = 48 << 10;
+      int threads = kBackwardThreads;
+      while (threads > kWarp && threads / kWarp * memory::warp_bytes(n.points) > kMemory) {
+        threads /= 2;
+      }
+      const int64_t bytes = threads / kWarp * memory::warp_bytes(n.points);
+      STD_TORCH_CHECK(bytes <= kMemory, "sampling_offsets: ", n.points,
+                      " points for each query and head are more than the CUDA backward's ", kMemory,
+                      " bytes of shared memory hold");
+      launch(ms_deform_attn_backward_kernel<value_t, Points, channels()>,
+             n.rows() * memory::stage::group::kLanes, threads, p, bytes);
+    });
+    if constexpr (std::is_same<acc_t<value_t>, float>::value) {
+      if (fixed) {
+        const FinishArguments finish{p.fixed, p.grad_value, sums.numel()};
+        launch(ms_deform_attn_finish_kernel, finish.count / kElementsPerThread + 1,
+               kFixedPointThreads, finish);
+      }
+    }
   }
 };
 
@@ -93,7 +109,11 @@ STABLE_TORCH_LIBRARY_IMPL(vitadapter_ops, CUDA, m) {
   using vitadapter::cuda::Cuda;
   m.impl("ms_deform_attn", TORCH_BOX(&vitadapter::launch_forward<Cuda>));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&vitadapter::launch_backward<Cuda>));
+  m.impl("ms_deform_attn_deterministic_backward",
+         TORCH_BOX((&vitadapter::launch_backward<Cuda, true>)));
   m.impl("ms_deform_attn_from_offsets", TORCH_BOX(&vitadapter::launch_forward_from_offsets<Cuda>));
   m.impl("ms_deform_attn_from_offsets_backward",
          TORCH_BOX(&vitadapter::launch_backward_from_offsets<Cuda>));
+  m.impl("ms_deform_attn_from_offsets_deterministic_backward",
+         TORCH_BOX((&vitadapter::launch_backward_from_offsets<Cuda, true>)));
 }

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sampling points of one row (b, q, m) as the kernels read them: given, or computed from
-// offsets and logits. What follows is the same for both operators.
+// The sampling points of one row (b, q, m): where they come from (given, or computed from offsets
+// and logits), how the lanes of a group place them once for all, and where their gradients go.
 #pragma once
 
 #include "../bilinear.h"
-#include "../params.h"
-#include "../storage.h"
+#include "warp.cuh"
 
 namespace vitadapter::cuda {
 
 __device__ __forceinline__ float exponential(float v) { return expf(v); }
 __device__ __forceinline__ double exponential(double v) { return exp(v); }
 
-// Which row a thread works on.
+// Which row a group works on.
 struct RowIndex {
   int64_t row, b, q, m;
 
@@ -21,182 +20,334 @@ struct RowIndex {
         b(index / (n.heads * n.queries)),
         q(index / n.heads % n.queries),
         m(index % n.heads) {}
+  // 32 bits, without a division.
+  __device__ __forceinline__ RowIndex(const Problem& n, uint32_t index) : row(index) {
+    const uint32_t query = n.by_heads.quotient(index), image = n.by_queries.quotient(query);
+    b = image;
+    q = query - image * n.by_queries.divisor;
+    m = index - query * n.by_heads.divisor;
+  }
 };
 
-template <typename Points>
+// The k-th pair of numbers. Only the general kernel takes addresses that no pair may have.
+template <typename Group, typename point_t, typename acc>
+__device__ __forceinline__ void load_pair(const point_t* from, int k, acc& x, acc& y) {
+  Pack<point_t, 2> pair;
+  if constexpr (Group::kGeneral) {
+    pair = {{from[2 * k], from[2 * k + 1]}};
+  } else {
+    pair = reinterpret_cast<const Pack<point_t, 2>*>(from)[k];
+  }
+  x = to_acc(pair.v[0]);
+  y = to_acc(pair.v[1]);
+}
+
+template <typename point_t, typename acc>
+__device__ __forceinline__ void store_pair(point_t* to, int64_t k, acc x, acc y) {
+  Pack<point_t, 2> pair;
+  from_acc(x, pair.v[0]);
+  from_acc(y, pair.v[1]);
+  reinterpret_cast<Pack<point_t, 2>*>(to)[k] = pair;
+}
+
+// The points of one row as a lane of its group reads them. `points` is 0 for a group that has no
+// row: it reads nothing, and takes part in what the warp does together.
+template <typename Points, typename Group>
 struct Row;
 
-template <typename point_t>
-struct Row<Located<point_t>> {
+template <typename point_t, typename Group>
+struct Row<Located<point_t>, Group> {
   using acc = acc_t<point_t>;
 
-  __device__ __forceinline__ Row(const Problem& n, const Located<point_t>& p, const RowIndex& i)
+  __device__ __forceinline__ Row(const Problem& n, const Located<point_t>& p, const RowIndex& i,
+                                 int, int)
       : locations_(p.locations + 2 * i.row * n.points), weights_(p.weights + i.row * n.points) {}
 
-  __device__ __forceinline__ void turn_to(const Level& level, int) {
-    height = static_cast<acc>(level.height);
-    width = static_cast<acc>(level.width);
+  __device__ __forceinline__ void position(const Level& level, int, int k, acc& x, acc& y) const {
+    load_pair<Group>(locations_, k, x, y);
+    x = located(x, static_cast<acc>(level.width));
+    y = located(y, static_cast<acc>(level.height));
   }
-  __device__ __forceinline__ void position(int64_t k, acc& x, acc& y) const {
-    x = located(to_acc(locations_[2 * k]), width);
-    y = located(to_acc(locations_[2 * k + 1]), height);
-  }
-  __device__ __forceinline__ acc weight(int64_t k) const { return to_acc(weights_[k]); }
-
-  acc height, width;  // of the level
+  __device__ __forceinline__ acc weight(int k) const { return to_acc(weights_[k]); }
 
  private:
   const point_t* locations_;
   const point_t* weights_;
 };
 
-template <typename point_t>
-struct Row<Offsets<point_t>> {
+template <typename point_t, typename Group>
+struct Row<Offsets<point_t>, Group> {
   using acc = acc_t<point_t>;
+  static constexpr int kLanes = Group::kLanes;
 
-  // Two passes over the logits find their maximum and the sum of exponentials. They lie side by
-  // side and are read by all threads of the row: no shuffle is needed.
-  __device__ __forceinline__ Row(const Problem& n, const Offsets<point_t>& p, const RowIndex& i)
+  __device__ __forceinline__ Row(const Problem& n, const Offsets<point_t>& p, const RowIndex& i,
+                                 int points, int lane)
       : p_(p),
         offsets_(p.offsets + i.b * p.offset.b + i.q * p.offset.q + 2 * i.m * n.points),
         logits_(p.logits + i.b * p.logit.b + i.q * p.logit.q + i.m * n.points),
         box_(p.box(i.b, i.q)) {
-    for (int64_t k = 0; k < n.points; ++k) {
+    const int first = lane % kLanes;
+    most_ = -INFINITY;
+    for (int k = first; k < points; k += kLanes) {
       const acc logit = to_acc(logits_[k]);
-      most_ = k == 0 || logit > most_ ? logit : most_;
+      most_ = logit > most_ ? logit : most_;
     }
+    most_ = group_max<kLanes>(most_);
     acc sum = 0;
-    for (int64_t k = 0; k < n.points; ++k) sum += exponential(to_acc(logits_[k]) - most_);
-    scale_ = acc(1) / sum;
+    for (int k = first; k < points; k += kLanes) sum += exponential(to_acc(logits_[k]) - most_);
+    scale_ = acc(1) / group_sum<kLanes>(sum);
   }
 
-  __device__ __forceinline__ void turn_to(const Level& level, int l) {
-    height = static_cast<acc>(level.height);
-    width = static_cast<acc>(level.width);
+  // Position = base + offset * step, on both axes.
+  __device__ __forceinline__ void axes(const Level& level, int l, int k, Axis<acc>& x,
+                                       Axis<acc>& y) const {
+    const acc height = static_cast<acc>(level.height), width = static_cast<acc>(level.width);
     const acc* box = box_ + l * p_.reference_l;
     if (p_.width == 2) {
-      x_ = beside_point(box[0], width);
-      y_ = beside_point(box[1], height);
+      x = beside_point(box[0], width);
+      y = beside_point(box[1], height);
     } else {
-      const acc scale = p_.scale != nullptr ? acc(1) : p_.scale_of(level, 0);
-      x_ = beside_box(box[0], box[2], scale, width);
-      y_ = beside_box(box[1], box[3], scale, height);
+      // The scale of a point multiplies last, as in the other backends.
+      const acc all = p_.scale != nullptr ? acc(1) : p_.scale_of(level, k);
+      x = beside_box(box[0], box[2], all, width);
+      y = beside_box(box[1], box[3], all, height);
+      if (p_.scale != nullptr) x.step *= p_.scale[k], y.step *= p_.scale[k];
     }
   }
-  // How many pixels of the level an offset of 1 is.
-  __device__ __forceinline__ acc step_x(int64_t k) const {
-    return p_.scale != nullptr ? p_.scale[k] * x_.step : x_.step;
+  __device__ __forceinline__ void offset(int k, acc& x, acc& y) const {
+    load_pair<Group>(offsets_, k, x, y);
   }
-  __device__ __forceinline__ acc step_y(int64_t k) const {
-    return p_.scale != nullptr ? p_.scale[k] * y_.step : y_.step;
+  __device__ __forceinline__ void position(const Level& level, int l, int k, acc& x, acc& y) const {
+    Axis<acc> on_x, on_y;
+    axes(level, l, k, on_x, on_y);
+    offset(k, x, y);
+    x = on_x.base + x * on_x.step;
+    y = on_y.base + y * on_y.step;
   }
-  __device__ __forceinline__ acc offset_x(int64_t k) const { return to_acc(offsets_[2 * k]); }
-  __device__ __forceinline__ acc offset_y(int64_t k) const { return to_acc(offsets_[2 * k + 1]); }
-
-  __device__ __forceinline__ void position(int64_t k, acc& x, acc& y) const {
-    x = x_.base + offset_x(k) * step_x(k);
-    y = y_.base + offset_y(k) * step_y(k);
-  }
-  __device__ __forceinline__ acc weight(int64_t k) const {
+  __device__ __forceinline__ acc weight(int k) const {
     return exponential(to_acc(logits_[k]) - most_) * scale_;
   }
-
-  acc height, width;  // of the level
 
  private:
   const Offsets<point_t>& p_;
   const point_t* offsets_;
   const point_t* logits_;
   const acc* box_;
-  acc most_ = 0, scale_ = 0;
-  Axis<acc> x_, y_;
+  acc most_, scale_;
 };
 
-// The gradients of one row's points, written by one lane of the warp as they come, and finished by
-// all lanes: the gradient of a logit needs those of all weights of the row, which wait in `memory`,
-// K numbers of the warp's own.
-template <typename Points>
+// A point as its row's lanes read it from the block's memory: everything that does not depend on
+// the channel. The weight of corner i is its bilinear weight times the point's attention weight.
+template <typename acc, typename index_t>
+struct alignas(16) Sample {
+  acc weight[4];
+  index_t pixel[4];
+};
+
+// A point in the lane that placed it.
+template <typename acc>
+struct Placed {
+  acc x, y, attention;
+  int level;
+  int slot;         // where its Sample is; -1 where the point touches no pixel
+  uint32_t masked;  // bit i: corner i reads as zero
+};
+
+// Points are placed kPoints at a time, by each lane two of its own row.
+template <typename value_t, int CHANNELS>
+struct Stage {
+  using group = Group<value_t, CHANNELS>;
+  using acc = acc_t<value_t>;
+  using sample = Sample<acc, typename group::index_t>;
+  static constexpr int kEach = 2;
+  static constexpr int kPoints = kEach * group::kLanes;
+  // 16 bytes between rows, so that the rows of a warp read different banks.
+  static constexpr int kRowBytes = kPoints * sizeof(sample) + 16;
+  static constexpr int kWarpBytes = group::kRows * kRowBytes;
+
+  __device__ __forceinline__ static sample* of_row(unsigned char* memory, int lane) {
+    return reinterpret_cast<sample*>(memory + lane / group::kLanes * kRowBytes);
+  }
+
+  // The j-th point of a lane.
+  __device__ __forceinline__ static int point(int first, int j, int lane) {
+    return first + j * group::kLanes + lane % group::kLanes;
+  }
+
+  // Places the points [first, first + kPoints) of a row that has `points`, and returns how many of
+  // them touch the map: only those have a Sample, one after the other, in order. A corner beside
+  // the map, or masked, has weight 0 and the pixel of another corner of the point: all four can be
+  // read without a question, and nothing is read that the point does not touch. To be called by the
+  // whole warp, and the warp to be synchronised before the Samples are read.
+  template <typename SomeRow>
+  __device__ __forceinline__ static int place(const Problem& n, const SomeRow& row,
+                                              const bool* mask, int first, int points, int lane,
+                                              sample* samples, Placed<acc> placed[kEach]) {
+    int count = 0, l = 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int k = point(first, j, lane);
+      bool on_map = false;
+      sample s;
+      Placed<acc>& at = placed[j];
+      if (k < points) {
+        while (l + 1 < n.levels && k >= n.level[l + 1].first) ++l;
+        const Level& level = n.level[l];
+        row.position(level, l, k, at.x, at.y);
+        at.attention = row.weight(k);
+        at.level = l;
+        at.masked = 0;
+        on_map =
+            keep_on_map(at.x, at.y, static_cast<acc>(level.height), static_cast<acc>(level.width));
+        if (on_map) {
+          const auto f = footprint(at.x, at.y, level.height, level.width);
+          int readable = 0;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];
+            s.pixel[i] =
+                static_cast<typename group::index_t>(level.pixel(f.row[i / 2], f.column[i % 2]));
+            if (mask != nullptr && mask[s.pixel[i]])
+              at.masked |= 1u << i;
+            else
+              readable = i;
+          }
+          if (at.masked != 0) {
+            on_map = at.masked != 15u;
+            const auto pixel = readable == 0   ? s.pixel[0]
+                               : readable == 1 ? s.pixel[1]
+                               : readable == 2 ? s.pixel[2]
+                                               : s.pixel[3];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (at.masked >> i & 1u) s.weight[i] = 0, s.pixel[i] = pixel;
+            }
+          }
+        }
+      }
+      const uint32_t on = group_ballot<group::kLanes>(on_map, lane);
+      at.slot = on_map ? count + __popc(on & ((1u << lane % group::kLanes) - 1u)) : -1;
+      if (on_map) samples[at.slot] = s;
+      count += __popc(on);
+    }
+    return count;
+  }
+};
+
+// Where the gradients of a row's points go. `add` is called for each point, by the lane that placed
+// it; the others by the whole warp. `memory` is K numbers of the row's own.
+template <typename Points, typename Group>
 struct RowGradients;
 
-template <typename point_t>
-struct RowGradients<Located<point_t>> {
+template <typename point_t, typename Group>
+struct RowGradients<Located<point_t>, Group> {
   using acc = acc_t<point_t>;
+  using row_t = Row<Located<point_t>, Group>;
   static constexpr bool kNeedsMemory = false;
 
   __device__ __forceinline__ RowGradients(const Problem& n, const Located<point_t>&,
                                           const LocatedGradients<point_t>& grads, const RowIndex& i,
-                                          acc*)
+                                          int, int, acc*)
       : grads_(grads), first_(i.row * n.points) {}
 
-  __device__ __forceinline__ void begin_level(int) {}
-  __device__ __forceinline__ void add(const Row<Located<point_t>>& row, const Level&, int64_t k,
-                                      acc, const PointGradient<acc>& g) {
+  __device__ __forceinline__ void add(const row_t&, const Level& level, int k, const Placed<acc>&,
+                                      const PointGradient<acc>& g) {
     if (grads_.locations != nullptr) {
-      from_acc(g.x * row.width, grads_.locations[2 * (first_ + k)]);
-      from_acc(g.y * row.height, grads_.locations[2 * (first_ + k) + 1]);
+      store_pair(grads_.locations, first_ + k, g.x * static_cast<acc>(level.width),
+                 g.y * static_cast<acc>(level.height));
     }
     if (grads_.weights != nullptr) from_acc(g.weight, grads_.weights[first_ + k]);
   }
-  __device__ __forceinline__ void finish(const Row<Located<point_t>>&, int64_t, int, int) {}
+  template <int EACH>
+  __device__ __forceinline__ void add_references(const Problem&, const row_t&, int,
+                                                 const Placed<acc> (&)[EACH],
+                                                 const PointGradient<acc> (&)[EACH]) {}
+  __device__ __forceinline__ void finish(const row_t&) {}
 
  private:
   const LocatedGradients<point_t>& grads_;
   int64_t first_;
 };
 
-template <typename point_t>
-struct RowGradients<Offsets<point_t>> {
+template <typename point_t, typename Group>
+struct RowGradients<Offsets<point_t>, Group> {
   using acc = acc_t<point_t>;
+  using row_t = Row<Offsets<point_t>, Group>;
   static constexpr bool kNeedsMemory = true;
+  static constexpr int kLanes = Group::kLanes;
 
   __device__ __forceinline__ RowGradients(const Problem& n, const Offsets<point_t>& p,
                                           const OffsetsGradients<point_t>& grads, const RowIndex& i,
-                                          acc* memory)
+                                          int points, int lane, acc* memory)
       : p_(p),
         grads_(grads),
         first_(i.row * n.points),
-        reference_(grads.reference == nullptr
-                       ? nullptr
-                       : grads.reference + i.row * p.reference_levels * p.width),
-        memory_(memory) {}
-
-  // By one lane: the reference of a level gathers the gradients of its points.
-  __device__ __forceinline__ void begin_level(int l) {
-    if (reference_ == nullptr) return;
-    box_ = reference_ + l * p_.reference_l;
-    if (l > 0 && p_.reference_l == 0) return;
-    for (int i = 0; i < p_.width; ++i) box_[i] = 0;
+        points_(points),
+        lane_(lane % kLanes),
+        memory_(memory) {
+    const int size = p.reference_levels * p.width;
+    if (grads.reference == nullptr) return;
+    reference_ = grads.reference + i.row * size;
+    for (int j = lane_; points > 0 && j < size; j += kLanes) reference_[j] = 0;
   }
-  __device__ __forceinline__ void add(const Row<Offsets<point_t>>& row, const Level& level,
-                                      int64_t k, acc weight, const PointGradient<acc>& g) {
+
+  __device__ __forceinline__ void add(const row_t& row, const Level& level, int k,
+                                      const Placed<acc>& point, const PointGradient<acc>& g) {
     if (grads_.offsets != nullptr) {
-      from_acc(chain(g.x, row.step_x(k)), grads_.offsets[2 * (first_ + k)]);
-      from_acc(chain(g.y, row.step_y(k)), grads_.offsets[2 * (first_ + k) + 1]);
-    }
-    if (reference_ != nullptr) {
-      const acc x = g.x * row.width, y = g.y * row.height;
-      box_[0] += x;
-      box_[1] += y;
-      if (p_.width == 4) {
-        const acc scale = p_.scale_of(level, k);
-        box_[2] += chain(x, scale * row.offset_x(k));
-        box_[3] += chain(y, scale * row.offset_y(k));
-      }
+      Axis<acc> x, y;
+      row.axes(level, point.level, k, x, y);
+      store_pair(grads_.offsets, first_ + k, chain(g.x, x.step), chain(g.y, y.step));
     }
     if (grads_.logits != nullptr) {
       const acc total =
           grads_.weights == nullptr ? g.weight : g.weight + to_acc(grads_.weights[first_ + k]);
       memory_[k] = total;
-      mean_ += weight * total;
+      mean_ += point.attention * total;
     }
   }
-  // By all lanes, once `memory` is written; lane 0 has the mean.
-  __device__ __forceinline__ void finish(const Row<Offsets<point_t>>& row, int64_t points, int lane,
-                                         int lanes) {
+
+  // A reference gathers the gradients of its level's points; those from `first` on have `g`.
+  template <int EACH>
+  __device__ __forceinline__ void add_references(const Problem& n, const row_t& row, int first,
+                                                 const Placed<acc> (&placed)[EACH],
+                                                 const PointGradient<acc> (&g)[EACH]) {
+    if (grads_.reference == nullptr) return;
+    for (int l = 0; l < n.levels; ++l) {
+      const Level& level = n.level[l];
+      if (level.first >= first + EACH * kLanes || level.first + level.points <= first) continue;
+      acc box[4] = {};
+#pragma unroll
+      for (int j = 0; j < EACH; ++j) {
+        const int k = first + j * kLanes + lane_;
+        if (k >= points_ || placed[j].level != l) continue;
+        const acc x = g[j].x * static_cast<acc>(level.width);
+        const acc y = g[j].y * static_cast<acc>(level.height);
+        box[0] += x;
+        box[1] += y;
+        if (p_.width == 4) {
+          const acc scale = p_.scale_of(level, k);
+          acc offset_x, offset_y;
+          row.offset(k, offset_x, offset_y);
+          box[2] += chain(x, scale * offset_x);
+          box[3] += chain(y, scale * offset_y);
+        }
+      }
+      // Of the row's first lane alone, which so adds to it in order.
+      acc* to = reference_ + l * p_.reference_l;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const acc sum = group_sum<kLanes>(box[i]);
+        if (lane_ == 0 && points_ > 0 && i < p_.width) to[i] += sum;
+      }
+    }
+  }
+
+  // The gradient of a logit needs those of all weights of the row.
+  __device__ __forceinline__ void finish(const row_t& row) {
     if (grads_.logits == nullptr) return;
+    const acc mean = group_sum<kLanes>(mean_);
     __syncwarp();
-    const acc mean = __shfl_sync(0xffffffffu, mean_, 0);
-    for (int64_t k = lane; k < points; k += lanes) {
+    for (int k = lane_; k < points_; k += kLanes) {
       from_acc(row.weight(k) * (memory_[k] - mean), grads_.logits[first_ + k]);
     }
     __syncwarp();
@@ -206,8 +357,8 @@ struct RowGradients<Offsets<point_t>> {
   const Offsets<point_t>& p_;
   const OffsetsGradients<point_t>& grads_;
   int64_t first_;
-  acc* reference_;
-  acc* box_ = nullptr;
+  int points_, lane_;
+  acc* reference_ = nullptr;
   acc* memory_;
   acc mean_ = 0;
 };

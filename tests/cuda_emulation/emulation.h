@@ -173,9 +173,39 @@ T __shfl_sync(uint32_t mask, T value, int source) {
 
 inline void __syncwarp() { emulation::shuffle(0xffffffffu, 0, threadIdx.x % 32); }
 
+// Which of the mask's lanes have a predicate that holds.
+inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
+  uint32_t votes = 0;
+  for (unsigned source = 0; source < 32; ++source) {
+    if (mask >> source & 1u)
+      votes |= uint32_t(emulation::shuffle(mask, predicate, source)) << source;
+  }
+  return votes;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline long long __float2ll_rn(float value) { return std::llrintf(value); }
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
   *address = old + value;
+  return old;
+}
+
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  *address = old < value ? value : old;
   return old;
 }

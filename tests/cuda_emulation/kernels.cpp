@@ -5,8 +5,7 @@
 
 #include "emulation.h"
 // After the emulation, which stands in for the CUDA runtime.
-#include "cuda/backward.cuh"
-#include "cuda/forward.cuh"
+#include "cuda/launch.cuh"
 
 namespace {
 
@@ -29,6 +28,8 @@ Problem make_problem(const Numbers& sizes, const Numbers& levels) {
                        static_cast<int32_t>(p.points), static_cast<int32_t>(level[3])};
     p.points += level[3];
   }
+  p.by_heads = Divisor(static_cast<uint32_t>(p.heads));
+  p.by_queries = Divisor(static_cast<uint32_t>(p.queries));
   return p;
 }
 
@@ -69,11 +70,11 @@ void write(OffsetsGradients<point_t>& p, const Addresses& grads) {
 }
 
 // A grid smaller than the work, so that the kernels have to stride.
-constexpr unsigned kBlocks = 3;
+constexpr unsigned kBlocks = 3, kThreads = 64;
 
 template <typename value_t, typename Points>
 void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
-             const Numbers& layout, const Addresses& points, const Addresses& rest, bool packed) {
+             const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
   ForwardParams<value_t, Points> p{};
   p.problem = make_problem(sizes, levels);
   p.value = at<value_t>(rest[0]);
@@ -82,17 +83,19 @@ void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides
   read(p.points, points, layout);
   p.out = at<value_t>(rest[2]);
   p.weights = at<typename Points::point_t>(rest[3]);
-  constexpr int kVec = 16 / sizeof(value_t);
-  const auto kernel = packed ? cuda::ms_deform_attn_forward_kernel<value_t, Points, kVec>
-                             : cuda::ms_deform_attn_forward_kernel<value_t, Points, 1>;
-  emulation::launch(kernel, kBlocks, cuda::kForwardThreads, p);
+  cuda::dispatch(p, p.out, general, [&](auto channels) {
+    emulation::launch(cuda::ms_deform_attn_forward_kernel<value_t, Points, channels()>, kBlocks,
+                      kThreads, p);
+  });
 }
 
+// `fixed`: integer sums like the gradient of value and three numbers, all zero, or nothing.
 template <typename value_t, typename Points>
 void backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
               const Numbers& layout, const Addresses& points, const Addresses& rest,
-              const Addresses& grads) {
-  BackwardParams<value_t, Points, acc_t<value_t>> p{};
+              const Addresses& grads, const Addresses& fixed, bool general) {
+  using point_t = typename Points::point_t;
+  cuda::BackwardArguments<value_t, Points> p{};
   p.problem = make_problem(sizes, levels);
   p.value = at<value_t>(rest[0]);
   p.stride = {strides[0], strides[1], strides[2]};
@@ -101,8 +104,24 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
   p.grad_out = at<value_t>(rest[2]);
   p.grad_value = at<acc_t<value_t>>(rest[3]);
   write(p.grads, grads);
-  emulation::launch(cuda::ms_deform_attn_backward_kernel<value_t, Points>, kBlocks,
-                    cuda::kBackwardThreads, p);
+  const Problem& n = p.problem;
+  if (!fixed.empty()) {
+    p.fixed.sums = at<unsigned long long>(fixed[0]);
+    p.fixed.most = at<uint32_t>(fixed[1]);
+    p.fixed.fraction = cuda::FixedPoint::fraction_for(n.queries * n.points);
+    emulation::launch(cuda::ms_deform_attn_measure_kernel<value_t, point_t>, kBlocks,
+                      cuda::kFixedPointThreads, cuda::measure(p));
+  }
+  cuda::dispatch(p, p.grad_out, general, [&](auto channels) {
+    emulation::launch(cuda::ms_deform_attn_backward_kernel<value_t, Points, channels()>, kBlocks,
+                      kThreads, p);
+  });
+  if constexpr (std::is_same<acc_t<value_t>, float>::value) {
+    if (!fixed.empty()) {
+      emulation::launch(cuda::ms_deform_attn_finish_kernel, kBlocks, cuda::kFixedPointThreads,
+                        {p.fixed, p.grad_value, n.batch * n.pixels * n.heads * n.channels});
+    }
+  }
 }
 
 template <typename value_t, typename point_t>

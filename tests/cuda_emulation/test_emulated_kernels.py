@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ from vitadapter_ops import _extension
 
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "c++")
-CASES = [case for case in cases.SMALL if case.channels <= 128]
+CASES = cases.SMALL
+SPECIALISED = [12, 16, 24, 32, 40, 64, 128]
 
 
-def build(folder, source):
+def build(folder, source, vectors=True):
     """Compiles the emulated kernels from a copy of csrc and imports them."""
     import sysconfig
 
@@ -33,6 +35,7 @@ def build(folder, source):
     output = folder / f"emulated_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = [pybind11.get_include(), sysconfig.get_path("include"), str(source)]
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    flags.append(f"-DVITADAPTER_VECTOR_REDUCTIONS={int(vectors)}")
     command = [CXX, *flags, *(f"-I{path}" for path in include)]
     command += [str(HERE / "kernels.cpp"), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -50,6 +53,12 @@ def kernels(tmp_path_factory):
     return build(tmp_path_factory.mktemp("emulation"), _extension.source_dir())
 
 
+@pytest.fixture(scope="module")
+def scalar_kernels(kernels, tmp_path_factory):
+    """As on architectures whose memory adds one number at a time."""
+    return build(tmp_path_factory.mktemp("emulation"), _extension.source_dir(), vectors=False)
+
+
 def levels_of(inputs, starts, points):
     rows = zip(inputs.spatial_shapes, starts, points, strict=True)
     return [number for size, start, count in rows for number in (*size, start, count)]
@@ -59,7 +68,14 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)):
+def fixed_sums(grad_value):
+    """The integer sums of fixed_point.cuh, and what scales them."""
+    return [torch.zeros(grad_value.shape, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)]
+
+
+def emulate(
+    kernels, dtypes, inputs, cotangent, general=False, needs=(True, True, True), fixed=False
+):
     """Output and gradients, as the launchers of csrc/ would compute them."""
     value, locations, weights = inputs.tensors
     batch, pixels, heads, channels = value.shape
@@ -71,7 +87,7 @@ def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)
     nan = float("nan")
     out = torch.full((batch, queries, heads * channels), nan, dtype=value.dtype)
     rest = [address(value), 0, address(out), 0]
-    getattr(kernels, f"forward_{dtypes}")(*shape, where, rest, packed)
+    getattr(kernels, f"forward_{dtypes}")(*shape, where, rest, general)
     compute = torch.float64 if value.dtype == torch.float64 else torch.float32
     grads = [
         torch.zeros(batch, pixels, heads, channels, dtype=compute),
@@ -80,12 +96,14 @@ def emulate(kernels, dtypes, inputs, cotangent, packed, needs=(True, True, True)
     ]
     wanted = [address(t) if need else 0 for t, need in zip(grads, needs, strict=True)]
     rest = [address(value), 0, address(cotangent), wanted[0]]
-    getattr(kernels, f"backward_{dtypes}")(*shape, where, rest, wanted[1:])
+    sums = fixed_sums(grads[0]) if fixed else []
+    arguments = [*shape, where, rest, wanted[1:], [t.data_ptr() for t in sums], general]
+    getattr(kernels, f"backward_{dtypes}")(*arguments)
     grads[0] = grads[0].to(value.dtype)
     return [out, *grads]
 
 
-def emulate_offsets(kernels, dtypes, inputs, cotangents, packed=False):
+def emulate_offsets(kernels, dtypes, inputs, cotangents, general=False, fixed=False):
     """As `emulate`, for the fused operator; to what gate.OFFSET_NAMES lists."""
     value, reference, offsets, logits = inputs.tensors
     batch, pixels, heads, channels = value.shape
@@ -101,59 +119,127 @@ def emulate_offsets(kernels, dtypes, inputs, cotangents, packed=False):
     out = torch.full((batch, queries, heads * channels), nan, dtype=value.dtype)
     weights = torch.full_like(logits, nan)
     rest = [address(value), address(mask), address(out), address(weights)]
-    getattr(kernels, f"offsets_forward_{dtypes}")(*shape, where, rest, packed)
+    getattr(kernels, f"offsets_forward_{dtypes}")(*shape, where, rest, general)
     compute = reference.dtype
     grad_value = torch.zeros(batch, pixels, heads, channels, dtype=compute)
     by_head = torch.full((batch, queries, heads, *reference.shape[2:]), nan, dtype=compute)
     grad_offsets, grad_logits = torch.full_like(offsets, nan), torch.full_like(logits, nan)
     grads = [address(t) for t in (grad_offsets, grad_logits, by_head, cotangents[1])]
     rest = [address(value), address(mask), address(cotangents[0]), address(grad_value)]
-    getattr(kernels, f"offsets_backward_{dtypes}")(*shape, where, rest, grads)
+    sums = fixed_sums(grad_value) if fixed else []
+    arguments = [*shape, where, rest, grads, [t.data_ptr() for t in sums], general]
+    getattr(kernels, f"offsets_backward_{dtypes}")(*arguments)
     grad_reference = by_head.sum(2)
     if reference.shape[0] == 1:
         grad_reference = grad_reference.sum(0, keepdim=True)
     return [out, weights, grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits]
 
 
-def check(kernels, case, dtypes, packed=False):
-    gate.check(case, dtypes, lambda *args: emulate(kernels, dtypes, *args, packed))
+def check(kernels, case, dtypes, **how):
+    gate.check(case, dtypes, lambda *args: emulate(kernels, dtypes, *args, **how))
 
 
-def check_offsets(kernels, case, dtypes, packed=False):
-    gate.check_offsets(case, dtypes, lambda *args: emulate_offsets(kernels, dtypes, *args, packed))
+def check_offsets(kernels, case, dtypes, **how):
+    gate.check_offsets(case, dtypes, lambda *args: emulate_offsets(kernels, dtypes, *args, **how))
 
 
+# The kernels that a launch chooses, and the general one, which serves every problem.
+KERNELS = pytest.mark.parametrize("general", [False, True], ids=["chosen", "general"])
+
+
+@KERNELS
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_reference(kernels, case, dtypes):
-    check(kernels, case, dtypes)
+def test_equals_the_reference(kernels, case, dtypes, general):
+    check(kernels, case, dtypes, general=general)
 
 
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
-@pytest.mark.parametrize("channels", [8, 16, 24, 64])
-def test_packed_loads_equal_the_reference(kernels, channels, dtypes):
-    check(kernels, cases.Case("packed", ((5, 7), (3, 4)), channels=channels), dtypes, packed=True)
+@pytest.mark.parametrize("channels", SPECIALISED)
+def test_specialised_kernels_equal_the_reference(kernels, scalar_kernels, channels, dtypes):
+    # Two steps of each lane's points, and a warp whose last rows do not exist.
+    case = cases.Case("specialised", ((5, 7), (3, 4)), queries=13, channels=channels, points=40)
+    check(kernels, case, dtypes)
+    check(scalar_kernels, case, dtypes)
 
 
+@KERNELS
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.OFFSETS, ids=str)
-def test_fused_kernels_equal_the_reference(kernels, case, dtypes):
-    check_offsets(kernels, case, dtypes)
+def test_fused_kernels_equal_the_reference(kernels, case, dtypes, general):
+    check_offsets(kernels, case, dtypes, general=general)
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-def test_fused_kernels_with_packed_loads_equal_the_reference(kernels, dtypes):
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+@pytest.mark.parametrize("channels", SPECIALISED)
+def test_specialised_fused_kernels_equal_the_reference(kernels, channels, dtypes):
     case = next(case for case in cases.OFFSETS if case.name == "unequal-points")
-    check_offsets(kernels, case, dtypes, packed=True)
+    check_offsets(kernels, replace(case, channels=channels), dtypes)
+
+
+# fp64 has no integer sums.
+@pytest.mark.parametrize("dtypes", [name for name in cases.DTYPES if name != "fp64"])
+def test_deterministic_kernels_equal_the_reference(kernels, dtypes):
+    for case in CASES:
+        check(kernels, case, dtypes, fixed=True)
+    for case in cases.OFFSETS:
+        check_offsets(kernels, case, dtypes, fixed=True)
+
+
+def test_deterministic_kernels_have_the_same_bits_in_any_order(kernels):
+    # All queries look at few pixels; rows of another order reach them in another order.
+    case = cases.Case("contended", ((3, 3),), queries=50, channels=32)
+    inputs = case.inputs().to(torch.float32)
+    order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(0))
+    turned = cases.Inputs(
+        inputs.value,
+        inputs.spatial_shapes,
+        inputs.sampling_locations[:, order].contiguous(),
+        inputs.attention_weights[:, order].contiguous(),
+        inputs.level_start_index,
+    )
+    cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
+    grads = {
+        fixed: [
+            emulate(kernels, "fp32", inputs, cotangent, fixed=fixed)[1],
+            emulate(kernels, "fp32", turned, cotangent[:, order].contiguous(), fixed=fixed)[1],
+        ]
+        for fixed in (True, False)
+    }
+    assert torch.equal(*grads[True])
+    assert not torch.equal(*grads[False])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_a_term_that_no_integer_holds_shows_in_the_deterministic_gradient(kernels, bad):
+    case = cases.SMALL[3]
+    inputs = case.inputs().to(torch.float32)
+    cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
+    cotangent[0, 0, 0] = bad
+    inputs.sampling_locations[0, 0] = 0.5
+    assert emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1].isnan().all()
+    # What no point brings to the map does no harm.
+    inputs.sampling_locations[0, 0] = 9
+    assert emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e36])
+def test_the_deterministic_gradient_scales(kernels, size):
+    case = cases.SMALL[3]
+    inputs = case.inputs().to(torch.float32)
+    cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
+    plain = emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1].double()
+    scaled = emulate(kernels, "fp32", inputs, cotangent * size, fixed=True)[1].double()
+    torch.testing.assert_close(scaled / size, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_that_are_not_needed_are_not_written(kernels):
     case = cases.SMALL[3]
     inputs = case.inputs().to(torch.float32)
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
-    everything = emulate(kernels, "fp32", inputs, cotangent, False)[1:]
+    everything = emulate(kernels, "fp32", inputs, cotangent)[1:]
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
-        got = emulate(kernels, "fp32", inputs, cotangent, False, needs)[1:]
+        got = emulate(kernels, "fp32", inputs, cotangent, needs=needs)[1:]
         for need, a, b in zip(needs, got, everything, strict=True):
             if need:
                 # The order of the atomics depends on which shuffles there are.
@@ -168,9 +254,7 @@ def test_non_finite_locations_contribute_nothing(kernels, bad):
     inputs = case.inputs().to(torch.float32)
     inputs.sampling_locations[:, ::2, ..., 0] = bad
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
-    out, grad_value, grad_locations, grad_weights = emulate(
-        kernels, "fp32", inputs, cotangent, False
-    )
+    out, grad_value, grad_locations, grad_weights = emulate(kernels, "fp32", inputs, cotangent)
     assert (out[:, ::2] == 0).all()
     assert (grad_locations[:, ::2] == 0).all()
     assert (grad_weights[:, ::2] == 0).all()
@@ -185,49 +269,74 @@ MUTATIONS = {
         "const auto high_in = high + one < size",
     ),
     "half of the warp in the mask": (
-        "cuda/backward.cuh",
-        "__shfl_xor_sync(0xffffffffu",
-        "__shfl_xor_sync(0x0000ffffu",
+        "cuda/warp.cuh",
+        "kAllLanes = 0xffffffffu",
+        "kAllLanes = 0x0000ffffu",
     ),
-    "reduction over half of the warp": (
-        "cuda/backward.cuh",
-        "int offset = kWarp / 2",
-        "int offset = kWarp / 4",
+    "four sums that miss half of the group": (
+        "cuda/warp.cuh",
+        "for (int offset = 4; offset < LANES; offset *= 2)",
+        "for (int offset = 8; offset < LANES; offset *= 2)",
+    ),
+    "a lane that finishes another corner's sum": (
+        "cuda/warp.cuh",
+        "(high ? b : a) +",
+        "(high ? a : b) +",
     ),
     "a lane that leaves early": (
         "cuda/backward.cuh",
-        "const RowIndex index(n, r);",
-        "if (lane == 31) return;\n    const RowIndex index(n, r);",
+        "const bool exists = r < rows;",
+        "const bool exists = r < rows;\n    if (lane == 31) return;",
+    ),
+    "dot products in the place of weights that are still read": (
+        "cuda/backward.cuh",
+        "lane % group::kLanes < 4) {",
+        "lane % group::kLanes < 4) {\n            samples[i + 1 < count ? i + 1 : i].weight[0] = 0;",
+    ),
+    "samples read before they are written": (
+        "cuda/forward.cuh",
+        "__syncwarp();\n        if (has_channels)",
+        "if (has_channels)",
     ),
     "gradient without the attention weight": (
-        "cuda/backward.cuh",
-        "const acc w = attention * f.wy[i / 2] * f.wx[i % 2];",
-        "const acc w = f.wy[i / 2] * f.wx[i % 2];",
+        "cuda/points.cuh",
+        "s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];",
+        "s.weight[i] = f.wy[i / 2] * f.wx[i % 2];",
+    ),
+    "points off the map that keep their place": (
+        "cuda/points.cuh",
+        "count += __popc(on);",
+        "count += group::kLanes;",
     ),
     "softmax without its sum": (
         "cuda/points.cuh",
         "exponential(to_acc(logits_[k]) - most_) * scale_",
         "exponential(to_acc(logits_[k]) - most_)",
     ),
-    "the mean of a lane that has none": (
+    "the mean of one lane": (
         "cuda/points.cuh",
-        "__shfl_sync(0xffffffffu, mean_, 0)",
-        "__shfl_sync(0xffffffffu, mean_, 1)",
+        "const acc mean = group_sum<kLanes>(mean_);",
+        "const acc mean = mean_;",
     ),
-    "a level that keeps another's reference": (
+    "a reference that all lanes add to": (
         "cuda/points.cuh",
-        "if (l > 0 && p_.reference_l == 0) return;",
-        "if (l > 0) return;",
+        "if (lane_ == 0 && points_ > 0 && i < p_.width)",
+        "if (points_ > 0 && i < p_.width)",
     ),
     "a mask of another image": (
         "cuda/backward.cuh",
-        "p.mask == nullptr ? nullptr : p.mask + b * n.pixels;",
+        "p.mask == nullptr ? nullptr : p.mask + index.b * n.pixels;",
         "p.mask;",
     ),
-    "one warp's memory for all": (
+    "one row's memory for all": (
         "cuda/backward.cuh",
-        "block_memory<acc>() + threadIdx.x / kWarp * n.points",
-        "block_memory<acc>()",
+        "+ lane / group::kLanes * n.points;",
+        ";",
+    ),
+    "a row of another image": (
+        "params.h",
+        "return (high + n) >> shift;",
+        "return high >> shift;",
     ),
 }
 
@@ -240,15 +349,17 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
     text = (source / file).read_text()
     assert text.count(right) == 1
     (source / file).write_text(text.replace(right, wrong))
-    # In a process of its own : a second module of the same name would share the first one's state.
+    # In a process of its own: a second module of the same name would share the first one's state.
     script = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
         "from pathlib import Path\n"
         "import cases, test_emulated_kernels as t\n"
         "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]))\n"
         "try:\n"
-        "    t.check(kernels, cases.SMALL[5], 'fp32')\n"
-        "    t.check_offsets(kernels, cases.OFFSETS[3], 'fp32')\n"
+        "    for case in (cases.SMALL[3], cases.SMALL[7]):\n"
+        "        t.check(kernels, case, 'fp32')\n"
+        "    for case in cases.OFFSETS[:8]:\n"
+        "        t.check_offsets(kernels, case, 'fp32')\n"
         "except (AssertionError, RuntimeError) as error:\n"
         "    print('caught:', error)\n"
     )

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernel serves a problem, and how much memory its blocks get. No torch header.
+#pragma once
+
+#include <type_traits>
+
+#include "backward.cuh"
+#include "forward.cuh"
+
+namespace vitadapter::cuda {
+
+// Calls run(std::integral_constant<int, D>{}) if there are kernels for D = channels. These are the
+// head widths of published models: 12, 24, 40 and 128 are those of DINOv3's adapters.
+template <typename value_t, typename Run>
+bool dispatch_channels(int64_t channels, const Run& run) {
+  if constexpr (sizeof(value_t) <= 4) {
+    switch (channels) {
+      case 12:
+        return run(std::integral_constant<int, 12>{}), true;
+      case 16:
+        return run(std::integral_constant<int, 16>{}), true;
+      case 24:
+        return run(std::integral_constant<int, 24>{}), true;
+      case 32:
+        return run(std::integral_constant<int, 32>{}), true;
+      case 40:
+        return run(std::integral_constant<int, 40>{}), true;
+      case 64:
+        return run(std::integral_constant<int, 64>{}), true;
+      case 128:
+        return run(std::integral_constant<int, 128>{}), true;
+    }
+  }
+  return false;
+}
+
+inline bool aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+template <typename point_t>
+bool has_pairs(const Located<point_t>& p) {
+  return aligned(p.locations, 2 * sizeof(point_t));
+}
+template <typename point_t>
+bool has_pairs(const Offsets<point_t>& p) {
+  return aligned(p.offsets, 2 * sizeof(point_t)) && p.offset.b % 2 == 0 && p.offset.q % 2 == 0;
+}
+
+// Whether the kernels for one D can serve: packs of 16 bytes (the widest they move) need addresses
+// that are multiples, and rows, pixels and the bytes between them have to fit 32 bits. `dense` is
+// read or written in packs as well.
+template <typename Params>
+bool fits_specialised(const Params& p, const void* dense) {
+  using value_t = typename Params::value_t;
+  const Problem& n = p.problem;
+  constexpr int64_t kPack = 16 / sizeof(value_t);
+  const auto steps = [&](int64_t stride) { return stride % kPack == 0; };
+  const auto fits = [](int64_t number) { return number < (int64_t{1} << 31); };
+  // 8 bytes: of the integer sums of fixed_point.cuh.
+  return aligned(p.value, 16) && aligned(dense, 16) && steps(p.stride.b) && steps(p.stride.s) &&
+         steps(p.stride.m) && has_pairs(p.points) && fits(n.rows()) && fits(n.pixels) &&
+         fits(p.stride.s * static_cast<int64_t>(sizeof(value_t))) && fits(n.heads * n.channels * 8);
+}
+
+template <typename Params, typename Run>
+void dispatch(const Params& p, const void* dense, bool general, const Run& run) {
+  if (general || !fits_specialised(p, dense) ||
+      !dispatch_channels<typename Params::value_t>(p.problem.channels, run)) {
+    run(std::integral_constant<int, 0>{});
+  }
+}
+
+// What the measuring kernel reads.
+template <typename value_t, typename point_t>
+MeasureArguments<value_t, point_t> measure(const BackwardArguments<value_t, Located<point_t>>& p) {
+  const Problem& n = p.problem;
+  return {p.grad_out, n.rows() * n.channels, p.points.weights, n.rows() * n.points, p.fixed.most};
+}
+template <typename value_t, typename point_t>
+MeasureArguments<value_t, point_t> measure(const BackwardArguments<value_t, Offsets<point_t>>& p) {
+  return {p.grad_out, p.problem.rows() * p.problem.channels, nullptr, 0, p.fixed.most};
+}
+
+}  // namespace vitadapter::cuda
