@@ -135,10 +135,12 @@ void define(pybind11::module_& m, const std::string& dtypes) {
 }  // namespace
 
 PYBIND11_MODULE(emulated_kernels, m) {
-  define<double, double>(m, "fp64");
   define<float, float>(m, "fp32");
+#if !defined(VITADAPTER_ONLY_FP32)
+  define<double, double>(m, "fp64");
   define<float16, float16>(m, "fp16");
   define<bfloat16, bfloat16>(m, "bf16");
   define<float16, float>(m, "fp16_points_fp32");
   define<bfloat16, float>(m, "bf16_points_fp32");
+#endif
 }

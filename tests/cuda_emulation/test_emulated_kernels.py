@@ -8,6 +8,7 @@ of the source, each with one mistake, must be caught.
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +27,7 @@ CASES = cases.SMALL
 SPECIALISED = [12, 16, 24, 32, 40, 64, 128]
 
 
-def build(folder, source, vectors=True):
+def build(folder, source, vectors=True, only_fp32=False):
     """Compiles the emulated kernels from a copy of csrc and imports them."""
     import sysconfig
 
@@ -36,6 +37,7 @@ def build(folder, source, vectors=True):
     include = [pybind11.get_include(), sysconfig.get_path("include"), str(source)]
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
     flags.append(f"-DVITADAPTER_VECTOR_REDUCTIONS={int(vectors)}")
+    flags += ["-DVITADAPTER_ONLY_FP32"] * only_fp32
     command = [CXX, *flags, *(f"-I{path}" for path in include)]
     command += [str(HERE / "kernels.cpp"), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -291,7 +293,7 @@ MUTATIONS = {
     "dot products in the place of weights that are still read": (
         "cuda/backward.cuh",
         "lane % group::kLanes < 4) {",
-        "lane % group::kLanes < 4) {\n            samples[i + 1 < count ? i + 1 : i].weight[0] = 0;",
+        "lane % group::kLanes < 4) {\n            samples[(i + 1) % count].weight[0] = 0;",
     ),
     "samples read before they are written": (
         "cuda/forward.cuh",
@@ -354,7 +356,7 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
         "from pathlib import Path\n"
         "import cases, test_emulated_kernels as t\n"
-        "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]))\n"
+        "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]), only_fp32=True)\n"
         "try:\n"
         "    for case in (cases.SMALL[3], cases.SMALL[7]):\n"
         "        t.check(kernels, case, 'fp32')\n"
@@ -367,5 +369,6 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("caught:"), done.stdout
+    # What is read before it is written is NaN, and as a pixel it leads out of the process's memory.
+    assert done.returncode in (0, -signal.SIGSEGV), done.stderr
+    assert done.returncode != 0 or done.stdout.startswith("caught:"), done.stdout
