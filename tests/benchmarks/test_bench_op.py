@@ -22,6 +22,7 @@ from rich.console import Console
 import _bandwidth
 import _rivals
 import _scaling
+import _targets
 import cases
 import gate
 import op
@@ -41,6 +42,7 @@ MACHINE = Machine(
     ),
     64,
 )
+GPU = Machine((Level("L2", 50 << 20, 5000.0), Level("memory", None, 3000.0)), 16)
 
 
 @pytest.fixture
@@ -51,6 +53,7 @@ def tiny(monkeypatch):
         raise NotMeasured("not now")
 
     monkeypatch.setattr(cases, "BENCH", (TINY,))
+    monkeypatch.setattr(cases, "GPU_BENCH", ())
     monkeypatch.setattr(_bandwidth, "measure", unmeasured)
     monkeypatch.setattr(op, "measure_memory", lambda *args: Peak("ok", 3 << 20))
 
@@ -291,7 +294,7 @@ def test_targets_are_met_missed_or_not_measured():
         result(which="backward", ratio=1.0, dtype="bf16"),  # targets are of fp32
         result("decoder-detr", ratio=1.0),  # of which no target speaks
     ]
-    text = shown(op.targets_table(results))
+    text = shown(_targets.table(_targets.CPU_TARGETS, results))
     forward = line_of(text, "ViT-Adapter", "forward", "grid_sample")
     assert "met" in forward
     assert "41.00x" in forward
@@ -308,8 +311,8 @@ def test_16_bit_storage_is_held_to_fp32_of_the_same_case_and_pass():
         result(name="vitadapter_ops", seconds=1.0, dtype="fp16"),
         result(name="grid_sample", seconds=99.0, dtype="fp16"),
     ]
-    assert [faster for faster, _ in op.against_fp32(results)] == [0.5, 2.0]
-    assert "missed" in line_of(shown(op.targets_table(results)), "fp32 to 16 bits")
+    assert [faster for faster, _ in _targets.against_fp32(results)] == [0.5, 2.0]
+    assert "missed" in line_of(shown(_targets.table(_targets.CPU_TARGETS, results)), "ours in fp32")
 
 
 def test_tables_fit_into_120_columns():
@@ -322,7 +325,12 @@ def test_tables_fit_into_120_columns():
     for table in (
         op.case_table(results),
         op.limits_table(MACHINE, results),
-        op.targets_table(results),
+        _targets.table(_targets.CPU_TARGETS, results),
+        _targets.table(_targets.GPU_TARGETS, results),
+        op.gpu_case_table(
+            [dataclasses.replace(each, timing=Timing((0.0123,))) for each in results]
+        ),
+        op.gpu_limits_table(GPU, results),
     ):
         assert "…" not in shown(table)
 
