@@ -37,17 +37,24 @@ def require_cuda() -> None:
         pytest.skip("needs a GPU")
 
 
-def _backends() -> list[tuple[str, str]]:
+def _backends() -> list:
     """(device, backend): every backend on every device that there is, or must be."""
     pairs = [("cpu", "reference"), ("cpu", "cpu")]
     if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_CUDA") == "1":
         pairs += [("cuda", "reference"), ("cuda", "cuda"), ("cuda", "triton")]
     if children.INTERPRETED:
         pairs = [("cpu", "triton")]
-    return pairs
+    return [
+        pytest.param(
+            (device, name),
+            marks=[pytest.mark.gpu] if device == "cuda" else [],
+            id=f"{name}-on-{device}",
+        )
+        for device, name in pairs
+    ]
 
 
-@pytest.fixture(params=_backends(), ids=lambda pair: f"{pair[1]}-on-{pair[0]}")
+@pytest.fixture(params=_backends())
 def backend(request) -> tuple[str, str]:
     device, name = request.param
     if device == "cuda":

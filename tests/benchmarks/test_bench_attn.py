@@ -376,6 +376,7 @@ def test_run_without_a_kernel_carries_a_warning_with_the_reason():
     assert "no compiler" in warning
 
 
+@pytest.mark.gpu
 def test_gpu_run_measures_both_precisions(tmp_path):
     require_cuda()
     tiny = ["--device", "cuda", "--size", "64", "64", "--repeats", "2", "--warmup", "1"]
