@@ -11,6 +11,7 @@ import torch
 
 import children
 import vitadapter_ops
+from optional import require_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +28,6 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = mode
-
-
-def require_cuda() -> None:
-    """Skips without a GPU, unless FAIL_WITHOUT_CUDA says that there must be one."""
-    if not torch.cuda.is_available():
-        if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
-            pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
-        pytest.skip("needs a GPU")
 
 
 def _backends() -> list:

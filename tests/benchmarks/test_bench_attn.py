@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import require_cuda
+from optional import require_cuda
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import require_cuda
+from optional import require_cuda
 
 # The second one: a child must be able to import the functions it is handed by their module's name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

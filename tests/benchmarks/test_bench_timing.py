@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import require_cuda
+from optional import require_cuda
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

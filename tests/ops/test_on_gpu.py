@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a GPU shows: graphs, streams, devices, waiting, repeatability, more than 2^31 numbers."""
+"""What only a GPU shows: graphs, streams, devices, waiting, repeatability, large tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 import cases
 import vitadapter_ops
-from conftest import require_cuda
+from optional import require_cuda
 
 pytestmark = pytest.mark.gpu
 
