@@ -4,14 +4,20 @@
 # bench-op can compare with; `make sanitize` runs the CPU kernels under AddressSanitizer and
 # UndefinedBehaviorSanitizer, of which `make test` does a part.
 #
+# `make gpu-check OUT=dir` needs no network and makes no .venv: it builds, tests and times with PYTHON's
+# own torch on this machine's GPU, and writes the results to dir.
+#
 #   TORCH   which torch, as pip writes it: TORCH=torch==2.13.0. Default: any supported release, which
 #           is the newest one on a fresh machine.
-#   PYTHON  which Python makes .venv.
+#   PYTHON  which Python makes .venv; for gpu-check, which one has torch.
+#   OUT     where gpu-check writes; RIVALS: a folder of wheels and source archives to compare with.
 #   ARGS    passed on: make bench ARGS=--paper, make test ARGS="-k gradcheck".
 
 TORCH ?= torch>=2.11
 PYTHON ?= python3
 ARGS ?=
+OUT ?= benchmarks/out/gpu-check
+RIVALS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -20,7 +26,7 @@ LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
 
-.PHONY: bench bench-op bench-fused bench-rivals test sanitize lint format wheel clean FORCE
+.PHONY: bench bench-op bench-fused bench-rivals gpu-check test sanitize lint format wheel clean FORCE
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
@@ -39,6 +45,9 @@ bench-rivals: .venv/installed
 		|| echo "torch-ms-deform-attn is not installed (above): it will not be compared with"
 	MMCV_WITH_OPS=1 FORCE_CUDA=0 $(PIP) --no-build-isolation onedl-mmcv \
 		|| echo "onedl-mmcv is not installed (above): it will not be compared with"
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(RIVALS),--rivals $(RIVALS)) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)

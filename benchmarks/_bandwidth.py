@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine's caches and memory deliver, measured by a small C++ program."""
+"""What caches and memory deliver: a CPU's by a small C++ program, a GPU's by a copy kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import _report
+from _memory import first_line
+from _timing import quantile, time_once
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -24,7 +28,8 @@ class Level:
     Attributes:
         name: "L1", "L2", "L3" or "memory".
         bytes: what it holds; None for memory.
-        gb_per_s: loads of all threads together, in 1e9 bytes per second.
+        gb_per_s: all threads together, in 1e9 bytes per second: loads of a CPU, loads and stores
+            of a GPU.
     """
 
     name: str
@@ -89,6 +94,49 @@ def measure(threads: int) -> Machine:
     names = [f"L{number}" for number in range(1, len(caches) + 1)] + ["memory"]
     levels = zip(names, [*caches, None], map(float, lines[1:]), strict=True)
     return Machine(tuple(Level(*level) for level in levels), int(lines[0]))
+
+
+# Of L2, what a copy's source and target take together: each half of a GPU's L2 may keep its own.
+L2_SHARE = 8
+GPU_BUFFER = 2**30
+
+
+def measure_gpu(device: torch.device) -> Machine:
+    """L2 and memory of a GPU; a second.
+
+    Raises:
+        NotMeasured: there is no Triton, or it cannot compile here.
+    """
+    try:
+        return _measure_gpu(device)
+    except Exception as error:
+        raise NotMeasured(_report.without_paths(first_line(error))) from error
+
+
+def _measure_gpu(device: torch.device) -> Machine:
+    import _copy
+
+    properties = torch.cuda.get_device_properties(device)
+
+    def gb_per_s(size: int, rounds: int) -> float:
+        elements = size // 4 // _copy.BLOCK * _copy.BLOCK
+        source = torch.rand(elements, device=device)
+        target = torch.empty_like(source)
+
+        def run() -> None:
+            _copy.copy(target, source, rounds, properties.multi_processor_count)
+
+        seconds = [time_once(run, device) for _ in range(12)][2:]
+        if not torch.equal(source, target):
+            raise NotMeasured("the copy kernel does not copy")
+        return 2 * source.nbytes * rounds / quantile(seconds, 0.5) / 1e9
+
+    cached = properties.L2_cache_size // L2_SHARE // 2
+    levels = (
+        Level("L2", properties.L2_cache_size, gb_per_s(cached, 400)),
+        Level("memory", None, gb_per_s(GPU_BUFFER, 1)),
+    )
+    return Machine(levels, 16)
 
 
 def _run(*command: str) -> str:

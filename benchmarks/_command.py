@@ -46,10 +46,10 @@ def times(value: float | None) -> str:
 
 def span(timing: dict[str, Any], unit: str) -> str:
     """Median and spread with three digits, more or less."""
-    scale = {"s": 1.0, "ms": 1e3}[unit]
+    scale = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
     median = timing["median_s"] * scale
-    enough = {"s": (10, 0), "ms": (100, 10, 1)}[unit]
-    digits = (0 if unit == "ms" else 1) + sum(median < limit for limit in enough)
+    enough = (10, 0) if unit == "s" else (100, 10, 1)
+    digits = (1 if unit == "s" else 0) + sum(median < limit for limit in enough)
     low, high = timing["p20_s"] * scale, timing["p80_s"] * scale
     return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 

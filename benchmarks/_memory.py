@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of one step, in a fresh process, so that nothing measured earlier counts.
+"""Peak memory of one step.
 
-On a GPU it is what PyTorch's allocator says. On a CPU it is the growth of the process's resident
+On a GPU it is what PyTorch's allocator says. On a CPU, in a fresh process, so that nothing measured
+earlier counts, it is the growth of the process's resident
 memory: its high-water mark while the step ran, minus what was resident before. The child may not
 take more address space than the machine has memory left, so that an allocation fails and is
 reported, instead of the kernel ending some process of its choice.
@@ -236,6 +237,31 @@ def _of_signal(number: int) -> Peak:
     if name == "SIGKILL":  # what the kernel sends when the machine has no memory left
         return Peak("out of memory", detail="ended by the system (SIGKILL)")
     return Peak("killed", detail=f"ended by {name}")
+
+
+def peak_of(
+    prepare: Callable[..., Callable[[], object]],
+    *args: Any,
+    device: str = "cpu",
+    headroom: int | None = None,
+) -> Peak:
+    """`peak_in_child` on a CPU; here on a GPU, where only what a step allocates counts.
+
+    Raises:
+        ChildError: see there.
+    """
+    where = torch.device(device)
+    if where.type != "cuda":
+        return peak_in_child(prepare, *args, device=device, headroom=headroom)
+    gc.collect()
+    try:
+        return measure(prepare(*args), where)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise ChildError(traceback.format_exc()) from error
+        return Peak("out of memory", detail=first_line(error))
+    finally:
+        torch.cuda.empty_cache()
 
 
 def peak_in_child(

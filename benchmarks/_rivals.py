@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,16 @@ class Implementation:
         bind: a call for inputs of one shape; what depends on nothing else is done here.
         module: what has to be importable.
         reason: whatever else is missing, or None.
+        around: within what its steps run.
+        dtypes: the dtypes of value that it is timed with.
     """
 
     name: str
     bind: Callable[[cases.Inputs], Call]
     module: str
     reason: Callable[[], str | None] = lambda: None
+    around: Callable[[], contextlib.AbstractContextManager[None]] | None = None
+    dtypes: tuple[torch.dtype, ...] = tuple({value for value, _ in cases.DTYPES.values()})
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -54,8 +59,20 @@ def _ours(inputs: cases.Inputs, backend: str = "auto") -> Call:
     return lambda value, *points: function(value, inputs.spatial_shapes, *points)
 
 
-def _why_no_triton() -> str | None:
-    return None if torch.cuda.is_available() else "its kernels run on a GPU"
+def _why_no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "it is for a GPU"
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    options = torch.utils.deterministic
+    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        options.fill_uninitialized_memory = fill
 
 
 def _grid_sample(inputs: cases.Inputs) -> Call:
@@ -85,6 +102,11 @@ def _torch_ms_deform_attn(inputs: cases.Inputs) -> Call:
     return lambda value, *points: function(value, *levels, *points)
 
 
+def _torch_ms_deform_attn_in_fp32(inputs: cases.Inputs) -> Call:
+    call = _torch_ms_deform_attn(inputs)
+    return lambda value, *points: call(value.float(), *map(Tensor.float, points)).to(value.dtype)
+
+
 def _mmcv(inputs: cases.Inputs) -> Call:
     module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     shapes, starts = _levels(inputs)
@@ -100,13 +122,25 @@ OURS = Implementation("vitadapter_ops", _ours, "vitadapter_ops")
 COMPILED = Implementation("grid_sample-compiled", _compiled, "torch")
 # Our own kernels for machines without nvcc, beside those that `auto` takes.
 TRITON = Implementation(
-    "vitadapter_ops-triton", lambda inputs: _ours(inputs, "triton"), "triton", _why_no_triton
+    "vitadapter_ops-triton", lambda inputs: _ours(inputs, "triton"), "triton", _why_no_gpu
+)
+# On a CPU the backward always repeats to the bit.
+DETERMINISTIC = Implementation(
+    "vitadapter_ops-deterministic", _ours, "vitadapter_ops", _why_no_gpu, _deterministic
 )
 RIVALS = (
     Implementation("grid_sample", _grid_sample, "torch"),
     TRITON,
+    DETERMINISTIC,
     COMPILED,
     Implementation("torch-ms-deform-attn", _torch_ms_deform_attn, "torch_ms_deform_attn"),
+    # The other way to compute with 16 bits in a kernel that is made for fp32.
+    Implementation(
+        "torch-ms-deform-attn-fp32",
+        _torch_ms_deform_attn_in_fp32,
+        "torch_ms_deform_attn",
+        dtypes=(torch.float16, torch.bfloat16),
+    ),
     Implementation("onedl-mmcv", _mmcv, "mmcv.ops.multi_scale_deform_attn"),
 )
 
@@ -121,29 +155,58 @@ def forward_step(call: Call, inputs: cases.Inputs) -> Callable[[], Tensor]:
     return step
 
 
-def backward_step(call: Call, inputs: cases.Inputs) -> Callable[[], object]:
+def backward_step(
+    call: Call, inputs: cases.Inputs, cotangent: Tensor | None = None
+) -> Callable[[], object]:
     """The backward pass alone, all three gradients, as often as wanted on one kept graph."""
     leaves = _leaves(inputs)
     out = call(*leaves)
-    cotangent = _cotangent(out)
-    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+    given = cotangent_of(out) if cotangent is None else cotangent.to(out.dtype)
+    return lambda: torch.autograd.grad(out, leaves, given, retain_graph=True)
 
 
-def training_step(call: Call, inputs: cases.Inputs) -> Callable[[], object]:
-    """Forward with a graph, then backward."""
+def training_step(
+    call: Call, inputs: cases.Inputs, cotangent: Tensor | None = None
+) -> Callable[[], object]:
+    """Forward with a graph, then backward; without a cotangent it makes one each time."""
     leaves = _leaves(inputs)
 
     def step() -> object:
         out = call(*leaves)
-        return torch.autograd.grad(out, leaves, _cotangent(out))
+        given = cotangent_of(out) if cotangent is None else cotangent.to(out.dtype)
+        return torch.autograd.grad(out, leaves, given)
 
     return step
+
+
+def step_of(
+    each: Implementation,
+    call: Call,
+    inputs: cases.Inputs,
+    which: str,
+    cotangent: Tensor | None = None,
+) -> Callable[[], object]:
+    """One pass of an implementation; `call` is bound to inputs of this shape."""
+    if which == "forward":
+        step: Callable[[], object] = forward_step(call, inputs)
+    else:
+        make = backward_step if which == "backward" else training_step
+        step = make(call, inputs, cotangent)
+    if each.around is None:
+        return step
+    around = each.around
+
+    def within() -> object:
+        with around():
+            return step()
+
+    return within
 
 
 def _leaves(inputs: cases.Inputs) -> list[Tensor]:
     return [each.detach().clone().requires_grad_() for each in inputs.tensors]
 
 
-def _cotangent(out: Tensor) -> Tensor:
+def cotangent_of(out: Tensor) -> Tensor:
     generator = torch.Generator(out.device).manual_seed(0)
     return torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)

@@ -67,8 +67,8 @@ def measure(
         inputs = variant.case.inputs().to(value, settings.device, points)
         call = _rivals.OURS.bind(inputs)
         for which in settings.passes:
-            make = _rivals.forward_step if which == "forward" else _rivals.backward_step
-            steps[variant, which] = _on(variant.threads, make(call, inputs))
+            step = _rivals.step_of(_rivals.OURS, call, inputs, which)
+            steps[variant, which] = _on(variant.threads, step)
     try:
         return take_turns(
             steps,

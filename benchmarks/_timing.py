@@ -78,15 +78,35 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: `run` is on the clock, `before` and `after` are not."""
+    """One thing to time: `run` is on the clock, `before` and `after` are not.
+
+    Attributes:
+        calls: how many calls `run` makes; what is recorded is the time of one.
+        clock: see `time_once`.
+    """
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
     after: Callable[[], object] | None = None
+    calls: int = 1
+    clock: str = "device"
 
 
-def time_once(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds for one call: device events on a GPU, the wall clock elsewhere."""
+def time_once(run: Callable[[], object], device: torch.device, clock: str = "device") -> float:
+    """Seconds for one run of `run`.
+
+    Args:
+        run: what to time.
+        device: where its work is done.
+        clock: on a GPU, "device" for the time between two of its events, or "host" for the wall
+            clock from an idle device to an idle device. Elsewhere always the wall clock.
+    """
+    if device.type == "cuda" and clock == "host":
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
     if device.type == "cuda":
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -129,12 +149,11 @@ def take_turns(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}")
     samples: dict[Key, list[float]] = {key: [] for key in cases}
+    spent = dict.fromkeys(cases, 0.0)
     failed: dict[Key, OutOfMemory] = {}
 
     def had_enough(key: Key) -> bool:
-        return seconds is not None and (
-            len(samples[key]) >= LEAST_ROUNDS and sum(samples[key]) >= seconds
-        )
+        return seconds is not None and (len(samples[key]) >= LEAST_ROUNDS and spent[key] >= seconds)
 
     for turn in range(warmup + repeats):
         for key, case in cases.items():
@@ -142,9 +161,10 @@ def take_turns(
                 try:
                     if case.before is not None:
                         case.before()
-                    sample = time_once(case.run, device)
+                    sample = time_once(case.run, device, case.clock)
                     if turn >= warmup:
-                        samples[key].append(sample)
+                        samples[key].append(sample / case.calls)
+                        spent[key] += sample
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise

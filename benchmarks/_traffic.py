@@ -17,6 +17,7 @@ import cases
 from _bandwidth import Machine
 
 PASSES = ("forward", "backward")
+BOTH = "both"  # forward with a graph, then backward
 LINE = 64  # bytes of a cache line
 # Of a level's bandwidth: with less than this something else decides, such as the arithmetic or the
 # latency of loads whose addresses are known late.
@@ -73,11 +74,15 @@ def traffic(inputs: cases.Inputs, which: str) -> Traffic:
     points = locations.nbytes + weights.nbytes
     out = batch * locations.shape[1] * heads * channels * size
     read = min(value.nbytes, pixels * channels * size) + points
+    forward = Traffic(pixels, channels * size, 0, read + out)
     if which == "forward":
-        return Traffic(pixels, channels * size, 0, read + out)
+        return forward
     # The gradient of value is accumulated in fp32 where value is stored in 16 bits.
     sums = channels * max(size, 4)
-    return Traffic(pixels, channels * size, sums, read + out + value.nbytes + points)
+    backward = Traffic(pixels, channels * size, sums, read + out + value.nbytes + points)
+    if which == "backward":
+        return backward
+    return Traffic(pixels, 2 * backward.row, sums, forward.least + backward.least)
 
 
 def plane_bytes(inputs: cases.Inputs) -> tuple[int, int]:

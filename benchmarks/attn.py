@@ -62,7 +62,7 @@ from _command import (
     times,
     wide_console,
 )
-from _memory import ChildError, Peak, peak_in_child
+from _memory import ChildError, Peak, peak_of
 from _timing import Case, OutOfMemory, Timing, ratio, take_turns
 
 MODEL = "vit_adapter_small"
@@ -318,7 +318,7 @@ def count(rows: Sequence[Row], size: Size) -> dict[str, Any]:
 def prepare_step(
     row: Row, size: Size, batch: int, precision: str, device: str, threads: int
 ) -> Callable[[], object]:
-    """In a fresh process: everything a training step needs, warmed up on a small image."""
+    """Everything a training step needs, warmed up on a small image."""
     torch.set_num_threads(threads)
     where = torch.device(device)
     model = wake_up(build(row)).to(where).train()
@@ -335,7 +335,7 @@ def measure_memory(
     peaks = {}
     for precision in settings.precisions:
         for row in settings.rows:
-            peaks[row.key, precision] = peak_in_child(
+            peaks[row.key, precision] = peak_of(
                 prepare_step,
                 row,
                 settings.size,
@@ -557,8 +557,7 @@ def notes(rows: Sequence[Row], *, measured: bool = True) -> list[str]:
         lines += [
             "(3) Published time and memory are of a whole detector in training on other hardware; "
             "only their ratios can be compared, and loosely: its other parts dilute them.",
-            "(4) Peak of one forward+backward on top of weights and inputs, in a process of its "
-            "own.",
+            "(4) Peak of one forward+backward on top of weights and inputs.",
         ]
     if "pale" in keys:
         lines.append(
@@ -712,11 +711,11 @@ def measure_all(
     task = progress.add_task("correct?", total=len(precisions) * (len(rows) + 1))
     errors = check_all(settings, models, lambda: progress.advance(task))
     if torch.device(settings.device).type == "cuda":
-        for model in models.values():  # the children are to have the GPU's memory to themselves
+        for model in models.values():  # a step is to have the GPU's memory to itself
             model.cpu()
         torch.cuda.empty_cache()
 
-    task = progress.add_task("memory, a fresh process each", total=len(precisions) * len(rows))
+    task = progress.add_task("memory", total=len(precisions) * len(rows))
     peaks = measure_memory(settings, lambda row, precision: progress.advance(task))
 
     fitting = [key for key, peak in peaks.items() if peak.status == "ok"]

@@ -6,23 +6,31 @@
     python benchmarks/op.py --against torch-ms-deform-attn      # one rival only
     python benchmarks/op.py --scaling                           # does cost grow linearly?
     python benchmarks/op.py --host                              # what does a call cost the host?
+    python benchmarks/op.py --device cuda                       # the shapes and targets of a GPU
+    ncu --profile-from-start off ... python benchmarks/op.py --device cuda --cases 'encoder-*' \
+        --dtype bf16 --passes backward --profile                # one call, see docs/gpu.md
 
 Shapes are those of tests/cases.py: ViT-Adapter's injectors and extractors, and Deformable DETR's
-encoder and decoder. Sampling points lie anywhere, or around their query as in trained models.
+encoder and decoder; on a GPU also DINOv3's adapter. Sampling points lie anywhere, or around their
+query as in trained models.
 
 A shape is timed only after the output and all three gradients have passed the tests' gate. All
 implementations of one shape take turns in one process, each right after an untimed call of its own:
-times are with warm caches. "backward" is the backward pass alone, all three gradients, on a graph
-that is kept. Memory is the peak of one step in a fresh process, on top of the inputs.
+times are with warm caches, and on a GPU also with cold ones and with the host's part (_graphs.py).
+"backward" is the backward pass alone, all three gradients, on a graph that is kept; "both" is
+forward and backward. Memory is the peak of one step on top of the inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +55,12 @@ except ModuleNotFoundError as missing:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import _bandwidth
+import _graphs
 import _host
 import _report
 import _rivals
 import _scaling
+import _targets
 import cases
 import gate
 from _command import (
@@ -66,17 +76,19 @@ from _command import (
     times,
     wide_console,
 )
-from _memory import ChildError, Peak, first_line, is_out_of_memory, peak_in_child
+from _memory import ChildError, Peak, first_line, is_out_of_memory, peak_of
 from _rivals import OURS, RIVALS, Implementation
+from _targets import median, targets_of
 from _timing import Case, OutOfMemory, Timing, ratio, take_turns
-from _traffic import PASSES, Traffic, limit, plane_bytes, traffic
+from _traffic import BOTH, PASSES, Traffic, limit, plane_bytes, traffic
 from tolerances import RIVAL_SHARE
 
 LOCATIONS = ("uniform", "local")
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
 
-Key = tuple[str, str, str]  # dtype, pass, implementation
+WARM, COLD, CALL = _graphs.KINDS
+Key = tuple[str, str, str, str]  # dtype, pass, implementation, kind of time: WARM alone on a CPU
 
 
 @dataclass(frozen=True)
@@ -91,10 +103,15 @@ class Settings:
     rounds: int
     seconds: float
     threads: int
+    at_most: float | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
 
     @property
     def warmup(self) -> int:
-        return 1 if torch.device(self.device).type == "cpu" else 5
+        return 2 if self.on_gpu else 1
 
 
 @dataclass(frozen=True)
@@ -103,8 +120,10 @@ class Result:
 
     Attributes:
         status: "ok", or why there is no timing.
+        timing: on a GPU, of the device alone, with warm caches.
         ratio: its time to ours; ours is 1.
         note: for a person.
+        others: other timings by kind, each with its ratio.
     """
 
     case: cases.Case
@@ -118,6 +137,17 @@ class Result:
     planes: tuple[int, int]
     note: str
     peak: Peak | None = None
+    others: Mapping[str, tuple[Timing | None, float | None]] = field(default_factory=dict)
+
+    def time_of(self, kind: str) -> Timing | None:
+        return self.timing if kind == WARM else self.others.get(kind, (None, None))[0]
+
+    def ratio_of(self, kind: str) -> float | None:
+        return self.ratio if kind == WARM else self.others.get(kind, (None, None))[1]
+
+    @property
+    def shape(self) -> str:
+        return label(self.case)
 
     @property
     def ours(self) -> bool:
@@ -146,7 +176,7 @@ def label(case: cases.Case) -> str:
 def red(case: cases.Case, dtype: str, device: str) -> str | None:
     """What the gate finds wrong with our results, or None."""
     try:
-        gate.check_backend(case, dtype, "auto", device)
+        gate.check_backend(case, dtype, "auto", device, judge=device)
     except (AssertionError, RuntimeError) as error:
         return f"{label(case)}, {dtype}: {first_line(error)}"
     return None
@@ -155,20 +185,27 @@ def red(case: cases.Case, dtype: str, device: str) -> str | None:
 # --- measured -----------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)
+def _exact(case: cases.Case) -> cases.Inputs:
+    """All dtypes of a case start from these; drawing them takes long."""
+    return case.inputs()
+
+
 def inputs_of(case: cases.Case, dtype: str, device: str) -> cases.Inputs:
     value, points = cases.DTYPES[dtype]
-    return case.inputs().to(value, device, points)
+    return _exact(case).to(value, device, points)
 
 
 def prepare_step(
     implementation: str, case: cases.Case, dtype: str, which: str, device: str, threads: int
 ) -> Callable[[], object]:
-    """In a fresh process: one step, run once so that libraries are loaded and code is generated."""
+    """One step, run once so that libraries are loaded and code is generated."""
     torch.set_num_threads(threads)
     inputs = inputs_of(case, dtype, device)
-    call = next(each for each in (OURS, *RIVALS) if each.name == implementation).bind(inputs)
-    make = _rivals.forward_step if which == "forward" else _rivals.training_step
-    step = make(call, inputs)
+    each = next(each for each in (OURS, *RIVALS) if each.name == implementation)
+    # Memory of the backward is that of a graph made and used.
+    which = which if which == "forward" else BOTH
+    step = _rivals.step_of(each, each.bind(inputs), inputs, which)
     step()
     return step
 
@@ -177,72 +214,111 @@ def measure_memory(settings: Settings, result: Result) -> Peak:
     name = result.implementation.name
     args = (name, result.case, result.dtype, result.which, settings.device, settings.threads)
     try:
-        return peak_in_child(prepare_step, *args, device=settings.device)
+        return peak_of(prepare_step, *args, device=settings.device)
     except ChildError as error:
         if result.ours:
             raise
         return Peak("cannot run", detail=str(error).strip().splitlines()[-1])
 
 
-def prepare(
-    settings: Settings, case: cases.Case, dtype: str
-) -> tuple[dict[Key, Callable[[], object]], dict[str, str], dict[str, str]]:
-    """Everything that is timed at one dtype.
+@dataclass
+class Prepared:
+    """What is timed of a case: its steps; why there are none, and notes, by dtype and name."""
 
-    Returns:
-        The steps; why there are none, by implementation; notes, by implementation.
-    """
-    inputs = inputs_of(case, dtype, settings.device)
-    expected = _rivals.forward_step(OURS.bind(inputs), inputs)()
-    steps: dict[Key, Callable[[], object]] = {}
-    failed, notes = {}, {}
-    for each in settings.implementations:
-        try:
-            call = each.bind(inputs)
-            forward = _rivals.forward_step(call, inputs)
-            difference = (forward().double() - expected.double()).abs().max()
-            share = float(difference / expected.double().abs().max())
-            if not share <= RIVAL_SHARE:  # also when it is not a number
-                notes[each.name] = f"output differs from ours by {share:.0%} of the largest value"
-            made = {"forward": forward}
-            if "backward" in settings.passes:
-                made["backward"] = _rivals.backward_step(call, inputs)
-        except Exception as error:
-            if each is OURS:
-                raise
-            memory = is_out_of_memory(error)
-            failed[each.name] = "out of memory" if memory else f"cannot run: {first_line(error)}"
+    steps: dict[Key, Case] = field(default_factory=dict)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
+    notes: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def prepare(settings: Settings, case: cases.Case, dtypes: Sequence[str]) -> Prepared:
+    made = Prepared()
+    device = torch.device(settings.device)
+    pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
+    for dtype in dtypes:
+        several = [inputs_of(case, dtype, settings.device)]
+        if settings.on_gpu:
+            size = sum(tensor.nbytes for tensor in several[0].tensors)
+            count = _graphs.copies(size, _graphs.l2_bytes(device))
+            several += [several[0].copy() for _ in range(count - 1)]
+        expected = _rivals.forward_step(OURS.bind(several[0]), several[0])()
+        cotangent = _rivals.cotangent_of(expected)
+        for each in settings.implementations:
+            if several[0].value.dtype not in each.dtypes:
+                continue
+            try:
+                prepare_one(settings, made, each, dtype, several, expected, cotangent, pool)
+            except Exception as error:
+                if each is OURS:
+                    raise
+                memory = is_out_of_memory(error)
+                reason = "out of memory" if memory else f"cannot run: {first_line(error)}"
+                made.failed[dtype, each.name] = reason
+            if settings.on_gpu:
+                torch.cuda.empty_cache()
+    return made
+
+
+def prepare_one(
+    settings: Settings,
+    made: Prepared,
+    each: Implementation,
+    dtype: str,
+    several: Sequence[cases.Inputs],
+    expected: torch.Tensor,
+    cotangent: torch.Tensor,
+    pool: object,
+) -> None:
+    """Adds one implementation at one dtype: all of its passes, or none."""
+    call = each.bind(several[0])
+    got = _rivals.step_of(each, call, several[0], "forward")()
+    share = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+    notes = []
+    if not share <= RIVAL_SHARE:  # also when it is not a number
+        notes.append(f"output differs from ours by {share:.0%} of the largest value")
+    steps: dict[Key, Case] = {}
+    for which in settings.passes:
+        copies = [_rivals.step_of(each, call, inputs, which, cotangent) for inputs in several]
+        if settings.on_gpu:
+            kinds, note = _graphs.cases_of(copies, torch.device(settings.device), pool)
+            notes += [f"{which}: {note}"] if note else []
         else:
-            steps |= {(dtype, which, each.name): made[which] for which in settings.passes}
-    return steps, failed, notes
+            kinds = {WARM: Case(copies[0], before=copies[0])}
+        steps |= {(dtype, which, each.name, kind): step for kind, step in kinds.items()}
+    made.steps |= steps
+    made.notes[dtype, each.name] = "; ".join(notes)
 
 
 def measure_time(settings: Settings, case: cases.Case, dtypes: Sequence[str]) -> list[Result]:
     """All implementations, passes and dtypes of one case, taking turns."""
-    steps: dict[Key, Callable[[], object]] = {}
-    failed, notes = {}, {}
-    for dtype in dtypes:
-        made, failed[dtype], notes[dtype] = prepare(settings, case, dtype)
-        steps |= made
+    made = prepare(settings, case, dtypes)
     timings = take_turns(
-        {key: Case(step, before=step) for key, step in steps.items()},
+        made.steps,
         device=torch.device(settings.device),
         warmup=settings.warmup,
         repeats=settings.rounds,
         seconds=settings.seconds,
     )
+
+    def compared(
+        dtype: str, which: str, name: str, kind: str
+    ) -> tuple[Timing | None, float | None]:
+        timing, base = (timings.get((dtype, which, who, kind)) for who in (name, OURS.name))
+        found = timing if isinstance(timing, Timing) else None
+        return found, ratio(median(timing), median(base))
+
     results = []
     for dtype in dtypes:
-        inputs = inputs_of(case, dtype, "cpu")
+        inputs = inputs_of(case, dtype, settings.device)
         for which in settings.passes:
             moved = traffic(inputs, which)
-            base = timings[dtype, which, OURS.name]
             for each in settings.implementations:
-                key = (dtype, which, each.name)
-                timing = timings.get(key)
-                status = failed[dtype].get(each.name, "ok")
-                if isinstance(timing, OutOfMemory):
-                    status, timing = "out of memory", None
+                if inputs.value.dtype not in each.dtypes:
+                    continue
+                status = made.failed.get((dtype, each.name), "ok")
+                if isinstance(timings.get((dtype, which, each.name, WARM)), OutOfMemory):
+                    status = "out of memory"
+                timing, compared_to_ours = compared(dtype, which, each.name, WARM)
+                kinds = (COLD, CALL) if settings.on_gpu else ()
                 result = Result(
                     case,
                     dtype,
@@ -250,75 +326,17 @@ def measure_time(settings: Settings, case: cases.Case, dtypes: Sequence[str]) ->
                     each,
                     _report.without_paths(status),
                     timing,
-                    ratio(_median(timing), _median(base)),
+                    compared_to_ours,
                     moved,
                     plane_bytes(inputs),
-                    notes[dtype].get(each.name, ""),
+                    _report.without_paths(made.notes.get((dtype, each.name), "")),
+                    others={kind: compared(dtype, which, each.name, kind) for kind in kinds},
                 )
                 results.append(result)
     return results
 
 
-def _median(timing: Timing | OutOfMemory | None) -> float | None:
-    return timing.median if isinstance(timing, Timing) else None
-
-
 # --- judged -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """At least this ratio of a rival's time to ours, in fp32 on a CPU, in every case it names."""
-
-    cases: str
-    which: str
-    rival: str
-    ratio: float
-
-    def holds(self, result: Result) -> bool:
-        """Whether the target speaks of this result."""
-        return (
-            fnmatch.fnmatch(result.case.name, self.cases)
-            and (result.which, result.implementation.name) == (self.which, self.rival)
-            and result.dtype == "fp32"
-            and result.ratio is not None
-        )
-
-
-VIT_ADAPTER, ENCODER = "*ctor-*", "encoder-detr"  # injectors and extractors; one case
-TARGETS = (
-    Target(VIT_ADAPTER, "forward", "torch-ms-deform-attn", 8),
-    Target(VIT_ADAPTER, "forward", "grid_sample", 40),
-    Target(VIT_ADAPTER, "backward", "torch-ms-deform-attn", 6),
-    Target(VIT_ADAPTER, "backward", "grid_sample", 15),
-    Target(ENCODER, "forward", "torch-ms-deform-attn", 6),
-    Target(ENCODER, "forward", "grid_sample", 40),
-    Target(ENCODER, "backward", "torch-ms-deform-attn", 4),
-    Target(ENCODER, "backward", "grid_sample", 10),
-)
-
-
-def worst_of(target: Target, results: Sequence[Result]) -> Result | None:
-    """The result that is furthest from the target; None where none speaks of it."""
-    about = [result for result in results if target.holds(result)]
-    return min(about, key=lambda result: result.ratio or 0, default=None)
-
-
-def against_fp32(results: Sequence[Result]) -> list[tuple[float, Result]]:
-    """How much faster than with fp32 our operator is with 16-bit storage, slowest first."""
-    ours = [result for result in results if result.ours and result.timing is not None]
-    fp32 = {
-        (label(result.case), result.which): result.timing
-        for result in ours
-        if result.dtype == "fp32"
-    }
-    pairs = []
-    for result in ours:
-        base = fp32.get((label(result.case), result.which))
-        faster = ratio(_median(base), _median(result.timing))
-        if result.dtype.startswith(("bf16", "fp16")) and faster is not None:
-            pairs.append((faster, result))
-    return sorted(pairs, key=lambda pair: pair[0])
 
 
 def losses(results: Sequence[Result]) -> list[str]:
@@ -339,14 +357,16 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def title_of(case: cases.Case) -> str:
+    return (
+        f"{label(case)}: B {case.batch}, Q {case.queries}, M {case.heads}, D {case.channels}, "
+        f"L {len(case.shapes)}, P {case.points}"
+    )
+
+
 def case_table(results: Sequence[Result]) -> Table:
     """All results of one case."""
-    case = results[0].case
-    title = (
-        f"{label(case)}: B {case.batch}, Q {case.queries}, M {case.heads}, D {case.channels}, "
-        f"L {len(case.shapes)}, P {case.points}; median (p20-p80)"
-    )
-    table = Table(title=title, **LOOK)
+    table = Table(title=f"{title_of(results[0].case)}; median (p20-p80)", **LOOK)
     columns(
         table,
         "implementation",
@@ -367,6 +387,40 @@ def case_table(results: Sequence[Result]) -> Table:
             times(each.ratio),
             _number(each.gb_per_s(each.traffic.gathered)),
             _number(each.gb_per_s(each.traffic.least)),
+            _number(each.peak_mib),
+            style="bold green" if each.ours else "",
+        )
+    return table
+
+
+def gpu_case_table(results: Sequence[Result]) -> Table:
+    """All results of one case on a GPU."""
+    table = Table(title=f"{title_of(results[0].case)}; microseconds, medians (p20-p80)", **LOOK)
+    columns(
+        table,
+        "implementation",
+        "dtype",
+        "pass",
+        "device, warm",
+        "to\nours",
+        "device,\ncold",
+        "to\nours",
+        "call",
+        "to\nours",
+        "[MiB]\n(3)",
+    )
+    for each in results:
+        cold, call = (median(each.time_of(kind)) for kind in (COLD, CALL))
+        table.add_row(
+            each.implementation.name,
+            each.dtype,
+            each.which,
+            "-" if each.timing is None else span(each.timing.as_json(), "us"),
+            times(each.ratio),
+            _number(None if cold is None else 1e6 * cold),
+            times(each.ratio_of(COLD)),
+            _number(None if call is None else 1e6 * call),
+            times(each.ratio_of(CALL)),
             _number(each.peak_mib),
             style="bold green" if each.ours else "",
         )
@@ -423,38 +477,41 @@ def limits_table(machine: _bandwidth.Machine, results: Sequence[Result]) -> Tabl
     return table
 
 
-def targets_table(results: Sequence[Result]) -> Table:
-    table = Table(title="Targets (fp32 on a CPU): a rival's time to ours", **LOOK)
-    columns(table, "shapes", "pass", "rival", "target", "", "worst", "in")
-    for target in TARGETS:
-        worst = worst_of(target, results)
-        shapes = "ViT-Adapter" if target.cases == VIT_ADAPTER else target.cases
-        row = [shapes, target.which, target.rival, f">= {target.ratio:g}x"]
-        if worst is None or worst.ratio is None:
-            row += ["not measured", "-", "-"]
-        else:
-            row += [_verdict(worst.ratio >= target.ratio), times(worst.ratio), label(worst.case)]
-        table.add_row(*row)
-    pairs = against_fp32(results)
-    row = ["all", "both", "ours, fp32 to 16 bits", ">= 1x", "not measured", "-", "-"]
-    if pairs:
-        faster, result = pairs[0]
-        row[1] = result.which
-        row[4:] = [_verdict(faster >= 1), times(faster), f"{label(result.case)}, {result.dtype}"]
-    table.add_row(*row)
+def gpu_shares(machine: _bandwidth.Machine, each: Result) -> dict[str, float | None]:
+    """What a result reaches of the measured bandwidths: of L2 when warm, of memory when cold."""
+    l2, memory = machine.levels
+    warm, cold = each.timing, each.time_of(COLD)
+    moved = each.traffic
+    return {
+        "of_l2": None if warm is None else moved.gathered / warm.median / 1e9 / l2.gb_per_s,
+        "of_memory": None if cold is None else moved.least / cold.median / 1e9 / memory.gb_per_s,
+    }
+
+
+def gpu_limits_table(machine: _bandwidth.Machine, results: Sequence[Result]) -> Table:
+    """How far our operator is from what the GPU can do."""
+    table = Table(title="Share of the measured bandwidths", **LOOK)
+    names = ("shapes", "dtype", "pass", "gathered (1), warm\nof L2", "least (2), cold\nof memory")
+    columns(table, *names)
+    for each in results:
+        if each.ours and each.timing is not None:
+            shares = gpu_shares(machine, each).values()
+            shown = ("-" if share is None else f"{share:.0%}" for share in shares)
+            table.add_row(each.shape, each.dtype, each.which, *shown)
     return table
-
-
-def _verdict(met: bool) -> str:
-    return "[green]met[/]" if met else "[bold red]missed[/]"
 
 
 NOTES = (
     "(1) Pixels that an ideal run gathers, for each sampling point those of its four corners that "
     "are on the map; the backward pass also reads and writes their gradients. Per second.",
     "(2) All arguments read once, of value only what is gathered, and all results written once.",
-    "(3) Peak of one step in a process of its own, on top of its inputs; for backward, of forward "
-    "and backward.",
+    "(3) Peak of one step on top of its inputs, on a CPU in a process of its own; for backward, of "
+    "forward and backward.",
+)
+GPU_NOTES = (
+    "Device: many calls in one CUDA graph, the gaps between its kernels included. Warm: the same "
+    "inputs again and again. Cold: copies of them in turn, twice L2 between two uses. Call: eager "
+    "calls by the wall clock, host and device.",
 )
 LIMIT_NOTES = (
     "(4) One head of one image, packed, and the nearest level that holds it. Loads are of the "
@@ -466,23 +523,26 @@ LIMIT_NOTES = (
 )
 
 
-def show_bandwidths(console: Console, machine: _bandwidth.Machine, threads: int) -> None:
+def show_bandwidths(console: Console, machine: _bandwidth.Machine, threads: int | None) -> None:
     levels = ", ".join(
         f"{level.name} {level.gb_per_s:.0f} GB/s"
         + ("" if level.bytes is None else f" ({level.bytes // 1024} KiB)")
         for level in machine.levels
     )
-    count = f"{threads} thread{'s' * (threads != 1)}"
-    console.print(f"Loads with {count}, measured: {levels}.", highlight=False)
+    what = "Copies"
+    if threads:
+        what = f"Loads with {threads} thread{'s' * (threads != 1)}"
+    console.print(f"{what}, measured: {levels}.", highlight=False)
 
 
-def show_verdict(console: Console, results: Sequence[Result]) -> None:
+def show_verdict(console: Console, settings: Settings, results: Sequence[Result]) -> None:
     console.print("Where we lose", style="bold")
     for line in losses(results):
         console.print(f"  {line}", highlight=False, markup=False)
     console.print()
     if any(result.ours for result in results):
-        console.print(targets_table(results))
+        device = torch.device(settings.device).type
+        console.print(_targets.table(targets_of(device), results))
         console.print()
 
 
@@ -495,6 +555,16 @@ FIELDS = (
     *("implementation", "version", "status", "rounds", "p20_ms", "p50_ms", "p80_ms", "ratio"),
     *("gathered_gb_per_s", "least_gb_per_s", "peak_mib", "note"),
 )
+
+GPU_FIELDS = (
+    *FIELDS,
+    *(f"{kind}_{what}" for kind in (COLD, CALL) for what in ("p20_ms", "p50_ms", "p80_ms")),
+    *("cold_ratio", "call_ratio", "of_l2", "of_memory"),
+)
+
+
+def fields_of(device: str) -> tuple[str, ...]:
+    return GPU_FIELDS if torch.device(device).type == "cuda" else FIELDS
 
 
 def record_of(settings: Settings) -> dict[str, Any]:
@@ -516,7 +586,10 @@ def record_of(settings: Settings) -> dict[str, Any]:
     }
 
 
-def csv_row(record: dict[str, Any], device: str, result: Result) -> dict[str, Any]:
+def row_of(
+    record: dict[str, Any], device: str, result: Result, machine: _bandwidth.Machine | None
+) -> dict[str, Any]:
+    """A result with what is known of its run, by `fields_of`."""
     case, timing, host = result.case, result.timing, record["machine"]
     row = {
         "date": record["date"],
@@ -545,13 +618,55 @@ def csv_row(record: dict[str, Any], device: str, result: Result) -> dict[str, An
         "least_gb_per_s": result.gb_per_s(result.traffic.least),
         "note": result.note,
     }
-    if timing is not None:
-        milliseconds = (1e3 * each for each in (timing.p20, timing.median, timing.p80))
-        row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), milliseconds, strict=True))
-        row["rounds"] = len(timing.seconds)
-    return {
-        field: f"{each:.6g}" if isinstance(each, float) else each for field, each in row.items()
-    }
+    row |= _milliseconds("", timing)
+    row["rounds"] = None if timing is None else len(timing.seconds)
+    if torch.device(device).type == "cuda":
+        for kind in (COLD, CALL):
+            row |= _milliseconds(f"{kind}_", result.time_of(kind))
+            row[f"{kind}_ratio"] = result.ratio_of(kind)
+        if machine is not None:
+            row |= gpu_shares(machine, result)
+    return row
+
+
+def _milliseconds(prefix: str, timing: Timing | None) -> dict[str, float]:
+    if timing is None:
+        return {}
+    figures = {"p20": timing.p20, "p50": timing.median, "p80": timing.p80}
+    return {f"{prefix}{name}_ms": 1e3 * seconds for name, seconds in figures.items()}
+
+
+def as_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: f"{each:.6g}" if isinstance(each, float) else each for name, each in row.items()}
+
+
+def write_json(
+    path: Path,
+    record: dict[str, Any],
+    settings: Settings,
+    machine: _bandwidth.Machine | None,
+    results: Sequence[Result],
+    left_out: Sequence[str],
+) -> None:
+    """Everything that a run found out."""
+    shared = set(record["git"]) | {"date", "cpu", "gpu", "cores", "threads", "os"}
+    shared |= {"python", "torch", "cuda"}
+    rows = [row_of(record, settings.device, each, machine) for each in results]
+    targets = targets_of(torch.device(settings.device).type)
+    _report.write_json(
+        path,
+        {
+            "schema": 1,
+            "benchmark": "op",
+            **record,
+            "rounds": settings.rounds,
+            "bandwidth": None if machine is None else asdict(machine),
+            "results": [{k: v for k, v in row.items() if k not in shared} for row in rows],
+            "targets": _targets.as_json(targets, results),
+            "losses": losses(results),
+            "left_out": list(left_out),
+        },
+    )
 
 
 # --- run ----------------------------------------------------------------------------------------
@@ -564,13 +679,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Prints a table for each case, and appends its rows to a CSV file.",
     )
     add_device_arguments(parser)
-    names = [case.name for case in cases.BENCH]
+    names = [case.name for case in (*cases.BENCH, *cases.GPU_BENCH)]
     parser.add_argument(
         "--cases",
         nargs="+",
         metavar="PATTERN",
-        default=["*"],
-        help=f"shapes, by name, with * and ? as in a shell (default: all): {', '.join(names)}",
+        help="shapes, by name, with * and ? as in a shell (default: those meant for the device): "
+        + ", ".join(names),
     )
     parser.add_argument(
         "--locations",
@@ -583,11 +698,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         nargs="+",
         choices=list(cases.DTYPES),
-        default=["fp32"],
-        help="dtypes of value, and of locations and weights (default: fp32)",
+        help="dtypes of value, and of locations and weights (default: fp32; on a GPU fp32, fp16, "
+        "bf16)",
     )
     parser.add_argument(
-        "--passes", nargs="+", choices=PASSES, default=PASSES, help="what to time (default: both)"
+        "--passes",
+        nargs="+",
+        choices=(*PASSES, BOTH),
+        help="what to time (default: forward, backward; on a GPU also both in one)",
     )
     parser.add_argument(
         "--against",
@@ -620,19 +738,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="instead of rivals: the host's time for a call, by backend; writes nothing",
     )
     parser.add_argument(
+        "--at-most",
+        type=positive_float,
+        metavar="SECONDS",
+        help="start no further shape after this time (default: measure all)",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="instead of timing: one call of ours for each shape, dtype and pass, between "
+        "cudaProfilerStart and cudaProfilerStop; writes nothing",
+    )
+    parser.add_argument("--json", type=Path, help="file for all that was found (default: none)")
+    parser.add_argument(
         "--csv", type=Path, help="file to append to (default: benchmarks/results/op-<device>.csv)"
     )
     parser.add_argument("--no-csv", action="store_true", help="write no file")
     args = parser.parse_args(argv)
     args.device = device_of(parser, args.device)
-    for pattern in args.cases:
+    on_gpu = torch.device(args.device).type == "cuda"
+    if args.profile and not on_gpu:
+        parser.error(f"--profile: works on a GPU only, not on {args.device}")
+    args.dtype = args.dtype or (["fp32", "fp16", "bf16"] if on_gpu else ["fp32"])
+    args.passes = args.passes or ((*PASSES, BOTH) if on_gpu else PASSES)
+    for pattern in args.cases or ():
         if not fnmatch.filter(names, pattern):
             parser.error(f"--cases: {pattern!r} names none of {', '.join(names)}")
     args.rivals = _chosen_rivals(parser, args.against)
     if args.csv is None:
         args.csv = RESULTS / f"op-{torch.device(args.device).type}.csv"
     try:
-        _report.check_csv(args.csv, FIELDS)
+        _report.check_csv(args.csv, fields_of(args.device))
     except ValueError as error:
         parser.error(f"--csv: {error}")
     return args
@@ -658,37 +794,56 @@ def _chosen_rivals(
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The command line with every default filled in."""
+    on_gpu = torch.device(args.device).type == "cuda"
+    if args.cases is None:
+        several = cases.GPU_BENCH if on_gpu else cases.BENCH
+    else:
+        several = tuple(
+            case
+            for case in (*cases.BENCH, *cases.GPU_BENCH)
+            if any(fnmatch.fnmatch(case.name, pattern) for pattern in args.cases)
+        )
     chosen = [
         replace(case, locations=locations)
-        for case in cases.BENCH
-        if any(fnmatch.fnmatch(case.name, pattern) for pattern in args.cases)
+        for case in several
         for locations in LOCATIONS
         if locations in args.locations
     ]
+    if on_gpu:  # time may run out: what is most like a trained model comes first
+        chosen.sort(key=lambda case: case.locations != "local")
     return Settings(
         device=args.device,
         cases=tuple(chosen),
         dtypes=tuple(dict.fromkeys(args.dtype)),
-        passes=tuple(which for which in PASSES if which in args.passes),
+        passes=tuple(which for which in (*PASSES, BOTH) if which in args.passes),
         implementations=(OURS, *args.rivals),
         rounds=args.rounds,
         seconds=args.seconds,
         threads=args.threads or torch.get_num_threads(),
+        at_most=args.at_most,
     )
 
 
-def measure_all(settings: Settings, console: Console, keep: Callable[[list[Result]], None]) -> bool:
+def measure_all(
+    settings: Settings, console: Console, keep: Callable[[list[Result]], None]
+) -> tuple[bool, list[str]]:
     """Gate, time and memory of every case; `keep` gets each case's results as they come.
 
     Returns:
-        Whether every case passed the gate.
+        Whether every case passed the gate; the cases that were left out, as time was up.
     """
     green = True
+    left_out: list[str] = []
+    begin = time.monotonic()
     # It does not depend on where the sampling points lie.
-    peaks: dict[tuple[str, Key], Peak] = {}
+    peaks: dict[tuple[str, str, str, str], Peak] = {}
     with progress_on(console) as progress:
         task = progress.add_task("", total=len(settings.cases) * 3)
         for case in settings.cases:
+            if settings.at_most is not None and time.monotonic() - begin > settings.at_most:
+                left_out.append(label(case))
+                progress.advance(task, 3)
+                continue
             progress.update(task, description=f"{label(case)}: correct?")
             wrong = {dtype: red(case, dtype, settings.device) for dtype in settings.dtypes}
             for reason in filter(None, wrong.values()):
@@ -699,17 +854,23 @@ def measure_all(settings: Settings, console: Console, keep: Callable[[list[Resul
                 progress.advance(task, 3)
                 continue
             progress.update(task, description=f"{label(case)}: time", advance=1)
-            results = measure_time(settings, case, dtypes)
-            progress.update(task, description=f"{label(case)}: memory", advance=1)
-            for number, result in enumerate(results):
-                if result.timing is not None:
-                    key = case.name, (result.dtype, result.which, result.implementation.name)
-                    if key not in peaks:
-                        peaks[key] = measure_memory(settings, result)
-                    results[number] = replace(result, peak=peaks[key])
+            try:
+                results = measure_time(settings, case, dtypes)
+                progress.update(task, description=f"{label(case)}: memory", advance=1)
+                for number, result in enumerate(results):
+                    if result.timing is not None:
+                        key = case.name, result.dtype, result.which, result.implementation.name
+                        if key not in peaks:
+                            peaks[key] = measure_memory(settings, result)
+                        results[number] = replace(result, peak=peaks[key])
+            except Exception:  # ours cannot run: the other shapes are still worth having
+                console.print(traceback.format_exc(), highlight=False, markup=False)
+                console.print(f"Not timed: {label(case)}, see above", style="bold red")
+                green = False
+            else:
+                keep(results)
             progress.advance(task)
-            keep(results)
-    return green
+    return green, left_out
 
 
 def show_red(console: Console, reason: str) -> None:
@@ -731,40 +892,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.scaling:
         return show_scaling(settings, console)
 
+    if settings.on_gpu:
+        _graphs.use_own_stream(torch.device(settings.device))
+    if args.profile:
+        return profile(settings, console)
+
     machine = None
-    if torch.device(settings.device).type == "cpu":
-        try:
+    try:
+        if settings.on_gpu:
+            machine = _bandwidth.measure_gpu(torch.device(settings.device))
+        else:
             machine = _bandwidth.measure(settings.threads)
-            show_bandwidths(console, machine, settings.threads)
-        except _bandwidth.NotMeasured as error:
-            console.print(f"Bandwidths: not measured ({error})", highlight=False, markup=False)
+        show_bandwidths(console, machine, None if settings.on_gpu else settings.threads)
+    except _bandwidth.NotMeasured as error:
+        console.print(f"Bandwidths: not measured ({error})", highlight=False, markup=False)
     console.print()
 
     results: list[Result] = []
 
     def keep(new: list[Result]) -> None:
         results.extend(new)
-        console.print(case_table(new))
+        console.print(gpu_case_table(new) if settings.on_gpu else case_table(new))
         for line in remarks(new):
             console.print(f"  {line}", highlight=False, markup=False)
         console.print()
         if not args.no_csv:
-            rows = [csv_row(record, settings.device, result) for result in new]
-            _report.append_csv(args.csv, FIELDS, rows)
+            rows = [as_text(row_of(record, settings.device, each, machine)) for each in new]
+            _report.append_csv(args.csv, fields_of(settings.device), rows)
+        if args.json is not None:  # as far as it got, should it be ended
+            write_json(args.json, record, settings, machine, results, [])
 
-    green = measure_all(settings, console, keep)
-    notes = NOTES
+    green, left_out = measure_all(settings, console, keep)
+    notes = (*NOTES, *GPU_NOTES) if settings.on_gpu else NOTES
     if machine is not None and results:
-        console.print(limits_table(machine, results))
+        show = gpu_limits_table if settings.on_gpu else limits_table
+        console.print(show(machine, results))
         console.print()
-        notes += LIMIT_NOTES
+        notes += () if settings.on_gpu else LIMIT_NOTES
     for line in notes:
         console.print(line, style="dim", highlight=False, markup=False)
     console.print()
-    show_verdict(console, results)
+    show_verdict(console, settings, results)
+    if left_out:
+        console.print(f"Left out, as time was up: {'; '.join(left_out)}", highlight=False)
+    if args.json is not None:
+        write_json(args.json, record, settings, machine, results, left_out)
+        console.print(f"Written: {args.json}", highlight=False, markup=False)
     if not args.no_csv and results:
         console.print(f"Appended to: {args.csv}", highlight=False, markup=False)
     return 0 if green else 1
+
+
+def profile(settings: Settings, console: Console) -> int:
+    """One call of ours for each shape, dtype and pass, which a profiler records alone."""
+    for case in settings.cases:
+        for dtype in settings.dtypes:
+            inputs = inputs_of(case, dtype, settings.device)
+            call = OURS.bind(inputs)
+            cotangent = _rivals.cotangent_of(call(*inputs.tensors))
+            for which in settings.passes:
+                step = _rivals.step_of(OURS, call, inputs, which, cotangent)
+                for _ in range(settings.warmup):
+                    step()
+                torch.cuda.synchronize()
+                with torch.cuda.profiler.profile():
+                    step()
+                    torch.cuda.synchronize()
+                console.print(f"Profiled: {label(case)}, {dtype}, {which}", highlight=False)
+    return 0
 
 
 def show_scaling(settings: Settings, console: Console) -> int:

@@ -49,6 +49,11 @@ class Inputs:
         """First pixel of each level: as given, or one level after the other."""
         return first_pixels(self.spatial_shapes, self.level_start_index)
 
+    def copy(self) -> Inputs:
+        """The same in other memory."""
+        value, locations, weights = (tensor.clone() for tensor in self.tensors)
+        return Inputs(value, self.spatial_shapes, locations, weights, self.level_start_index)
+
     def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
         """A copy with value in `dtype`; locations and weights in `points`, or in `dtype`."""
         points = points or dtype
@@ -361,6 +366,25 @@ def deformable_detr() -> tuple[Case, Case]:
     )
 
 
+def detr_800x1333() -> tuple[Case, Case]:
+    """Encoder with two images, and decoder with four, of a DETR for images of 800x1333."""
+    levels = ((100, 167), (50, 84), (25, 42), (13, 21))
+    pixels = sum(h * w for h, w in levels)
+    return (
+        Case("encoder-800x1333", levels, 2, pixels, 8, 32, spread=0.05, grids=levels),
+        Case("decoder-800x1333", levels, 4, 300, 8, 32, spread=0.05),
+    )
+
+
+def dinov3_adapter(size: str) -> Case:
+    """The extractor of DINOv3's adapter, two images of 896x896: 16 heads of half the width."""
+    channels = {"S": 12, "B": 24, "L": 32, "H": 40, "7B": 128}[size]
+    grids = tuple((896 // s, 896 // s) for s in (8, 16, 32))
+    queries = sum(h * w for h, w in grids)
+    name = f"dinov3-{size}-896"
+    return Case(name, grids[1:2], 2, queries, 16, channels, spread=0.05, grids=grids)
+
+
 OFFSETS = (
     OffsetCase("one-of-everything", ((1, 1),), (1,), 1, 1, 1, 1, spread=0.3),
     OffsetCase("row-map", ((1, 9),), (4,), channels=3),
@@ -403,9 +427,20 @@ def fused(case: Case) -> OffsetCase:
 
 MODEL = tuple(case for size in "SBL" for case in vit_adapter(size, 512))
 ALL = SMALL + MODEL
-# What benchmarks/op.py times.
+# What benchmarks/op.py times on a CPU.
 BENCH = (
     *MODEL,
     *(case for size in "SBL" for case in vit_adapter(size, 1024)),
     *deformable_detr(),
+)
+# ... and on a GPU, the most telling first.
+GPU_BENCH = (
+    *detr_800x1333(),
+    *(replace(case, name=f"{case.name}-x2", batch=2) for case in vit_adapter("B", 512)),
+    dinov3_adapter("L"),
+    dinov3_adapter("S"),
+    *(replace(case, name=f"{case.name}-x2", batch=2) for case in vit_adapter("L", 1024)),
+    dinov3_adapter("7B"),
+    *(replace(case, name=f"{case.name}-x2", batch=2) for case in vit_adapter("S", 512)),
+    dinov3_adapter("B"),
 )

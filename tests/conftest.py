@@ -11,6 +11,7 @@ import torch
 
 import children
 import vitadapter_ops
+from optional import require_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -29,25 +30,24 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = mode
 
 
-def require_cuda() -> None:
-    """Skips without a GPU, unless FAIL_WITHOUT_CUDA says that there must be one."""
-    if not torch.cuda.is_available():
-        if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
-            pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
-        pytest.skip("needs a GPU")
-
-
-def _backends() -> list[tuple[str, str]]:
+def _backends() -> list:
     """(device, backend): every backend on every device that there is, or must be."""
     pairs = [("cpu", "reference"), ("cpu", "cpu")]
     if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_CUDA") == "1":
         pairs += [("cuda", "reference"), ("cuda", "cuda"), ("cuda", "triton")]
     if children.INTERPRETED:
         pairs = [("cpu", "triton")]
-    return pairs
+    return [
+        pytest.param(
+            (device, name),
+            marks=[pytest.mark.gpu] if device == "cuda" else [],
+            id=f"{name}-on-{device}",
+        )
+        for device, name in pairs
+    ]
 
 
-@pytest.fixture(params=_backends(), ids=lambda pair: f"{pair[1]}-on-{pair[0]}")
+@pytest.fixture(params=_backends())
 def backend(request) -> tuple[str, str]:
     device, name = request.param
     if device == "cuda":

@@ -91,7 +91,10 @@ def check_needs(
 
 
 def check(
-    case: cases.Case, dtypes: str, compute: Callable[[cases.Inputs, Tensor], list[Tensor]]
+    case: cases.Case,
+    dtypes: str,
+    compute: Callable[[cases.Inputs, Tensor], list[Tensor]],
+    judge: str = "cpu",
 ) -> None:
     """Holds a case's results to the fp64 reference, with eager torch as the measure.
 
@@ -99,12 +102,14 @@ def check(
         case: the shape.
         dtypes: a name in `cases.DTYPES`.
         compute: from inputs and the output's gradient, both on the CPU, to what NAMES lists.
+        judge: the device on which reference and eager torch run.
     """
     dtype, points = cases.DTYPES[dtypes]
     inputs = case.inputs().to(dtype, points=points)
     cotangent = _cotangent(case, dtype)
-    exact = run(op("reference"), inputs.to(torch.float64), cotangent)
-    eager = run(oracles.grid_sample, inputs, cotangent)
+    at_judge = cotangent.to(judge)
+    exact = run(op("reference"), inputs.to(torch.float64, judge), at_judge)
+    eager = run(oracles.grid_sample, inputs.to(dtype, judge, points), at_judge)
     wanted = (dtype, dtype, points, points)
     _judge(NAMES, wanted, compute(inputs, cotangent), eager, exact)
 
@@ -123,14 +128,16 @@ def _judge(names, dtypes, results, eager, exact) -> None:
         assert_as_accurate_as_eager(what, got, plain, expected)
 
 
-def check_backend(case: cases.Case, dtypes: str, backend: str, device: str) -> None:
+def check_backend(
+    case: cases.Case, dtypes: str, backend: str, device: str, judge: str = "cpu"
+) -> None:
     """`check` for one of our backends on a device."""
     dtype, points = cases.DTYPES[dtypes]
 
     def compute(inputs, cotangent):
         return run(op(backend), inputs.to(dtype, device, points), cotangent.to(device))
 
-    check(case, dtypes, compute)
+    check(case, dtypes, compute, judge)
 
 
 OFFSET_NAMES = (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import require_cuda
+from optional import require_cuda
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -376,6 +376,7 @@ def test_run_without_a_kernel_carries_a_warning_with_the_reason():
     assert "no compiler" in warning
 
 
+@pytest.mark.gpu
 def test_gpu_run_measures_both_precisions(tmp_path):
     require_cuda()
     tiny = ["--device", "cuda", "--size", "64", "64", "--repeats", "2", "--warmup", "1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import require_cuda
+from optional import require_cuda
 
 # The second one: a child must be able to import the functions it is handed by their module's name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -85,12 +85,14 @@ def test_available_memory_is_known():
     assert _memory.available_bytes() > 0
 
 
+@pytest.mark.gpu
 def test_gpu_peak_counts_the_allocation():
     require_cuda()
     peak = peak_in_child(child_steps.prepare_gpu_allocation, 256, device="cuda")
     assert 256 * MIB <= peak.growth_bytes < 260 * MIB
 
 
+@pytest.mark.gpu
 def test_gpu_allocation_beyond_the_gpu_is_out_of_memory():
     require_cuda()
     assert (

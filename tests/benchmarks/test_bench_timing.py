@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import require_cuda
+from optional import require_cuda
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -116,6 +116,7 @@ def test_no_repeats_are_refused():
         take_turns({"a": Case(lambda: None)}, device=CPU, warmup=0, repeats=0)
 
 
+@pytest.mark.gpu
 def test_gpu_time_includes_the_kernels_not_just_their_launch():
     require_cuda()
     device = torch.device("cuda")
