@@ -43,6 +43,20 @@ def test_beit_with_a_class_token_is_one_graph():
             torch.testing.assert_close(got, expected)
 
 
+def test_maps_are_16_bits_wide_under_autocast_without_gradients():
+    model = _build("vit_adapter_tiny")
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = model(images)
+    for got, want in zip(maps, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - want).norm() < 0.02 * want.norm()  # some twenty roundings by 2**-9
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {m.dtype for m in model.train()(images)} == {torch.float32}
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_exported_model_gives_the_same_maps(backend, monkeypatch):
     if backend == "native" and "cpu" not in vitadapter_ops.available_backends():

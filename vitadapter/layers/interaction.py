@@ -224,6 +224,25 @@ class Interaction(nn.Module):
         return function(*args)
 
 
+def embed_levels(pyramid: Sequence[Tensor], level_embed: Tensor) -> Tensor:
+    """Tokens of the pyramid's levels, each with its embedding added.
+
+    Under autocast the convolutions' maps are 16 bits wide. Without gradients the tokens stay so,
+    and with them every sum and norm of the pyramid; for training the sum widens them.
+
+    Args:
+        pyramid: maps [B, D, H, W].
+        level_embed: [levels, D].
+
+    Returns:
+        [B, sum(H*W), D].
+    """
+    if not torch.is_grad_enabled():
+        level_embed = level_embed.to(pyramid[0].dtype)
+    embeddings = level_embed[:, :, None, None].unbind(0)
+    return to_tokens([level + e for level, e in zip(pyramid, embeddings, strict=True)])
+
+
 def to_tokens(maps: Sequence[Tensor]) -> Tensor:
     """Concatenates maps [B, D, H, W] into tokens [B, sum(H*W), D]."""
     return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
