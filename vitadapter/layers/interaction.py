@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention.dense import Shapes
 from .drop_path import DropPath
+from .linear import Linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -83,9 +84,9 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.dwconv = DWConv(hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         """Maps tokens [B, sum(H*W), D] of the levels `shapes` to the same shape."""

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .linear import linear
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -32,7 +33,7 @@ class Upsample(nn.ConvTranspose2d):
         assert self.bias is not None
         # [in, out, 2, 2] -> [2, 2, out, in]
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
+        y = linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
         y = y.view(batch, h, w, 2, 2, -1).transpose(2, 3)
         if base is not None:
             y = y + base.permute(0, 2, 3, 1).reshape(y.shape)
