@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch._dynamo.testing
 
 import vitadapter
 import vitadapter_ops
@@ -31,6 +32,20 @@ def test_whole_model_is_one_graph(name):
     with torch.no_grad():
         for got, expected in zip(compiled(images), model(images), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["vit_adapter_tiny", "beit_adapter_base"])
+def test_one_dynamic_graph_serves_two_image_sizes(name):
+    torch._dynamo.reset()
+    model = _build(name)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((64, 96), (128, 160)):
+            images = torch.randn(2, 3, *size)
+            for got, expected in zip(compiled(images), model(images), strict=True):
+                torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
 
 
 def test_beit_with_a_class_token_is_one_graph():
