@@ -18,7 +18,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 try:
@@ -255,6 +256,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--profile", action="store_true", help="show the operators' own times")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     args = parser.parse_args(argv)
     settings = Settings(
         sizes=tuple(args.sizes),
@@ -276,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(settings.threads)
     console: Console = wide_console()
     device = torch.device(settings.device)
-    record = {
+    record: dict[str, Any] = {
         "machine": _report.machine(device),
         "versions": _report.versions(),
         "git": _report.git_state(),
@@ -323,6 +325,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size in settings.sizes:
             for precision in settings.precisions:
                 console.print(profile_table(settings, size, precision))
+    if args.json is not None:
+        record["settings"] = asdict(settings)
+        record["multiply_adds_per_s"] = rates
+        record["speed"] = [
+            {"model": KINDS[kind] + size, "precision": precision, "compiled": compiled}
+            | (timing.as_json() if isinstance(timing, Timing) else {"status": "out of memory"})
+            for (size, precision, compiled, kind), timing in timings.items()
+        ]
+        record["peak_memory"] = [
+            {"model": KINDS[kind] + size, "precision": precision} | asdict(peak)
+            for (size, precision, kind), peak in peaks.items()
+        ]
+        _report.write_json(args.json, record)
+        console.print(f"Written to: {args.json}", highlight=False, markup=False)
     return 0
 
 

@@ -23,8 +23,15 @@ from .backbones.uniperceiver import UniPerceiver
 from .config import COARSEST_STRIDE, NUM_MAPS, AdapterConfig, ModelConfig
 from .layers.attention import build_attention
 from .layers.attention.deformable import reference_points
-from .layers.bilinear import bilinear
-from .layers.interaction import Extractor, Geometry, Injector, Interaction, to_maps, to_tokens
+from .layers.bilinear import add_bilinear
+from .layers.interaction import (
+    Extractor,
+    Geometry,
+    Injector,
+    Interaction,
+    embed_levels,
+    to_maps,
+)
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
 
@@ -154,8 +161,7 @@ class ViTAdapter(nn.Module):
             vit_images = image_tools.pad(images, self.vit_multiple)
 
         c1, *pyramid = self.spm(padded)
-        embeddings = self.level_embed.unbind(0)
-        c = to_tokens([p + e[:, None, None] for p, e in zip(pyramid, embeddings, strict=True)])
+        c = embed_levels(pyramid, self.level_embed)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
             x, x_shape, steps = self.start(vit_images)
         geometry = self._geometry(padded, pyramid, vit_images, x_shape)
@@ -168,13 +174,13 @@ class ViTAdapter(nn.Module):
             vit_tokens.append(tap)
 
         c2, c3, c4 = to_maps(c, geometry.c_shapes)
-        maps = [c1 + self.up(c2), c2, c3, c4]
+        maps = [self.up(c2, base=c1).to(c.dtype), c2, c3, c4]
         if self.config.add_vit_feature:
             if not self.config.takes_each_interaction:
                 vit_tokens = [vit_tokens[-1]] * NUM_MAPS
             for index, tokens in enumerate(vit_tokens):
                 (vit_map,) = to_maps(tokens, [x_shape])
-                maps[index] = maps[index] + self._resize(vit_map, maps[index], index)
+                maps[index] = self._add_resized(maps[index], vit_map.to(c.dtype), index)
 
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
         maps = [norm(m) for norm, m in zip(norms, maps, strict=True)]
@@ -192,18 +198,19 @@ class ViTAdapter(nn.Module):
             x_points, c_points = x_points * scale, c_points / scale
         return Geometry(x_shape, c_shapes, x_points, c_points)
 
-    def _resize(self, vit_map: Tensor, like: Tensor, index: int) -> Tensor:
-        """Resizes the ViT's map bilinearly to the grid of output `index`, edges repeated."""
-        h, w = like.shape[2], like.shape[3]
+    def _add_resized(self, base: Tensor, vit_map: Tensor, index: int) -> Tensor:
+        """Adds the ViT's map, resized bilinearly, edges repeated, to output `index`."""
+        h, w = base.shape[2], base.shape[3]
         vit_h, vit_w = (side * self.patch_size for side in vit_map.shape[2:])
         stride = self.strides[index]
         if self.vit_multiple == COARSEST_STRIDE or (h * stride, w * stride) == (vit_h, vit_w):
-            return bilinear(vit_map, (h, w))
+            # The first map is a sum made for this; the others are views of the pyramid's tokens.
+            return add_bilinear(base, vit_map, in_place=index == 0)
         # The two cover different areas: sample at the centres of the output's pixels.
         points = reference_points([(h, w)], vit_map.device).view(1, h, w, 2)
         points = points * points.new_tensor([w * stride / vit_w, h * stride / vit_h])
         grid = (2 * points - 1).to(vit_map.dtype).expand(vit_map.shape[0], -1, -1, -1)
-        return F.grid_sample(vit_map, grid, padding_mode="border", align_corners=False)
+        return base + F.grid_sample(vit_map, grid, padding_mode="border", align_corners=False)
 
     def _add_adapter(self, config: AdapterConfig) -> None:
         """Makes everything besides the backbone; the last step of a subclass's constructor."""

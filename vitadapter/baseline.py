@@ -15,7 +15,7 @@ from .backbones.plain_vit import PlainViT
 from .backbones.protocol import Grid, Step
 from .config import COARSEST_STRIDE, NUM_MAPS, ModelConfig
 from .layers.attention.deformable import reference_points
-from .layers.interaction import LAYER_NORM_EPS, Geometry, to_maps, to_tokens
+from .layers.interaction import LAYER_NORM_EPS, Geometry, embed_levels, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
 
@@ -87,9 +87,7 @@ class ViTBaseline(nn.Module):
         if self.interactions is None:
             return lambda index, x: x
         pyramid = prior[1:]
-        c = to_tokens(
-            [p + e[:, None, None] for p, e in zip(pyramid, self.level_embed, strict=True)]
-        )
+        c = embed_levels(pyramid, self.level_embed)
         c_shapes = [(level.shape[2], level.shape[3]) for level in pyramid]
         geometry = Geometry(
             shape,

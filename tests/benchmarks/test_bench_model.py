@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,18 @@ def test_prints_plain_adapter_ratio_floor_memory_and_profile(fast, capsys):
     assert "ViT-T" in shown
     assert "ms_deform_attn" in shown
     assert "own time" in shown
+
+
+def test_json_holds_every_time_and_peak(fast, tmp_path):
+    path = tmp_path / "model.json"
+    assert bench.main([*TINY, "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    rows = {(row["model"], row["precision"], row["compiled"]) for row in record["speed"]}
+    models = ("vit_tiny", "vit_adapter_tiny")
+    assert rows == {(m, p, False) for m in models for p in ("fp32", "bf16")}
+    assert all(row["median_s"] > 0 for row in record["speed"])
+    assert {row["status"] for row in record["peak_memory"]} == {"ok"}
+    assert record["settings"]["pixels"] == 64
 
 
 def test_wrong_maps_are_not_timed(fast, capsys, monkeypatch):

@@ -146,7 +146,7 @@ def test_detection_knows_both_feature_rules(rule):
         feature_rule=rule,
     ).eval()
     calls = []
-    model._resize = lambda tokens, like, index: calls.append(tokens) or 0.0
+    model._add_resized = lambda base, tokens, index: calls.append(tokens) or base
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
     assert len(calls) == 4

@@ -43,6 +43,26 @@ def test_comparison_explains_every_difference(comparison):
     assert not [row for row in comparison if row[5] == "0" and row[7]]
 
 
+def test_beit_uper_net_row_comes_out_for_smaller_crops_and_for_no_other_reason():
+    """Why 451 stands beside 451.92, and why nothing was left out."""
+
+    def params(name, head, side):
+        row = counting.Published("", name, head, "", options=(("img_size", side),))
+        return row.cost().params
+
+    adapter = [params("beit_adapter_large", "UPerNet-1024", 32 * n) for n in range(12, 21)]
+    printed = [f"{number / 1e6:.0f}" for number in adapter]
+    assert printed == ["450", *["451"] * 6, "452", "452"]  # crops of 384 to 640 pixels
+    missing = params("beit_adapter_large", "UPerNet-1024", 640) - 451.5e6
+    # More than the other rows' printed digits let any part be that they have in common.
+    assert missing > params("beit_adapter_large", "Mask2Former-200", 896) - 570.5e6
+    spare = params("beit_adapter_large", "UPerNet-1024", 512) - 450.5e6
+    with torch.device("meta"):
+        head = counting.heads.UPerNet(1024, 1024)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in head.modules()]
+    assert not [size for size in sizes if missing < size < spare]
+
+
 def test_difference_zero_means_the_printed_digit(comparison):
     for row in comparison:
         if row[5] == "0":

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch._dynamo.testing
 
 import vitadapter
 import vitadapter_ops
@@ -33,6 +34,20 @@ def test_whole_model_is_one_graph(name):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["vit_adapter_tiny", "beit_adapter_base"])
+def test_one_dynamic_graph_serves_two_image_sizes(name):
+    torch._dynamo.reset()
+    model = _build(name)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((64, 96), (128, 160)):
+            images = torch.randn(2, 3, *size)
+            for got, expected in zip(compiled(images), model(images), strict=True):
+                torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
 def test_beit_with_a_class_token_is_one_graph():
     torch._dynamo.reset()
     model = _build("beit_adapter_base", "segmentation", img_size=64)
@@ -41,6 +56,20 @@ def test_beit_with_a_class_token_is_one_graph():
     with torch.no_grad():
         for got, expected in zip(compiled(images), model(images), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_maps_are_16_bits_wide_under_autocast_without_gradients():
+    model = _build("vit_adapter_tiny")
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = model(images)
+    for got, want in zip(maps, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - want).norm() < 0.02 * want.norm()  # some twenty roundings by 2**-9
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {m.dtype for m in model.train()(images)} == {torch.float32}
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

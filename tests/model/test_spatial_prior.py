@@ -52,3 +52,5 @@ def test_upsampling_is_the_transposed_convolution(batch):
     x = torch.randn(batch, 6, 3, 5, dtype=torch.float64)
     torch.testing.assert_close(up(x), F.conv_transpose2d(x, up.weight, up.bias, stride=2))
     assert up(x).is_contiguous(memory_format=torch.channels_last)
+    base = torch.randn(batch, 6, 6, 10, dtype=torch.float64)
+    torch.testing.assert_close(up(x, base), up(x) + base)

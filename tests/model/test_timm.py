@@ -172,13 +172,13 @@ class _Ramp(nn.Module):
 def test_maps_of_a_users_backbone_lie_where_the_image_has_them(patch_size, size):
     model = ViTAdapter.around(_Ramp(patch_size), task="detection", conv_inplane=8).eval()
     resized, samples = {}, []
-    resize = model._resize
+    add_resized = model._add_resized
 
-    def record(vit_map, like, index):
-        resized[index] = resize(vit_map, like, index)
-        return resized[index]
+    def record(base, vit_map, index):
+        resized[index] = add_resized(torch.zeros_like(base), vit_map, index)
+        return add_resized(base, vit_map, index)
 
-    model._resize = record
+    model._add_resized = record
     extractor = model.interactions[0].extractor.attn
     extractor.register_forward_pre_hook(lambda module, args: samples.append(args))
     with torch.no_grad():

@@ -240,7 +240,11 @@ _BARE = (("pretrain_size", 224), ("layer_scale", False))
 _PALE = "our reading of an attention without published code; what adds 2 G is not known"
 _SETR = "probably copied from the SETR paper"
 _TWICE = "rounded twice: 43.747, 43.75, 43.8"
-_CROP = "printed as for a crop of 512; larger bias tables add 0.9 M"
+# At least 0.42 M would have to be missing. Not from what the BEiT rows share: the 571 of table 9
+# leaves 0.24 M. UPerNet has no such part beside its 451 for 512 pixels, which leaves 0.55 M.
+_CROP = (
+    "451 are the bias tables of any crop from 416 to 576; nothing else gives it and the other rows"
+)
 _M2F = "no configuration was published; counted with the head of the BEiT models"
 _SLIDE = "limitations"
 

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.drop_path import DropPath
+from ..layers.linear import Linear, linear
 from .plain_vit import LAYER_NORM_EPS, Mlp, PatchEmbed
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
@@ -38,12 +38,12 @@ class Attention(SelfAttention):
         self.num_heads = num_heads
         self.side = side
         self.window_size = side if windowed else None
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         distances = (2 * side - 1) ** 2 + (0 if windowed else CLASS_DISTANCES)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(distances, num_heads))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, N, D] to the same shape; N = h*w in windows, else 1 + h*w."""
@@ -51,7 +51,7 @@ class Attention(SelfAttention):
         logits_bias = self.position_bias()
 
         def attention(tokens: Tensor) -> Tensor:
-            qkv = F.linear(tokens, self.qkv.weight, bias)
+            qkv = linear(tokens, self.qkv.weight, bias)
             return attend(qkv, self.num_heads, logits_bias.to(qkv.dtype))
 
         if self.window_size is None:

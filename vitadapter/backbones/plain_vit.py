@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.drop_path import DropPath
+from ..layers.linear import Linear
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
 
@@ -46,8 +47,8 @@ class Attention(SelfAttention):
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
@@ -65,8 +66,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, N, D] to the same shape."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.drop_path import DropPath
+from ..layers.linear import Linear
 from .plain_vit import resize_grid
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
@@ -35,8 +36,8 @@ class Attention(SelfAttention):
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
-        self.in_proj = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj = Linear(dim, 3 * dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
@@ -69,8 +70,8 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = Attention(dim, num_heads, window_size)
-        self.linear1 = nn.Linear(dim, int(mlp_ratio * dim))
-        self.linear2 = nn.Linear(int(mlp_ratio * dim), dim)
+        self.linear1 = Linear(dim, int(mlp_ratio * dim))
+        self.linear2 = Linear(int(mlp_ratio * dim), dim)
         self.drop_path = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention.dense import Shapes
 from .drop_path import DropPath
+from .linear import Linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -83,9 +84,9 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.dwconv = DWConv(hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         """Maps tokens [B, sum(H*W), D] of the levels `shapes` to the same shape."""
@@ -222,6 +223,25 @@ class Interaction(nn.Module):
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
+
+
+def embed_levels(pyramid: Sequence[Tensor], level_embed: Tensor) -> Tensor:
+    """Tokens of the pyramid's levels, each with its embedding added.
+
+    Under autocast the convolutions' maps are 16 bits wide. Without gradients the tokens stay so,
+    and with them every sum and norm of the pyramid; for training the sum widens them.
+
+    Args:
+        pyramid: maps [B, D, H, W].
+        level_embed: [levels, D].
+
+    Returns:
+        [B, sum(H*W), D].
+    """
+    if not torch.is_grad_enabled():
+        level_embed = level_embed.to(pyramid[0].dtype)
+    embeddings = level_embed[:, :, None, None].unbind(0)
+    return to_tokens([level + e for level, e in zip(pyramid, embeddings, strict=True)])
 
 
 def to_tokens(maps: Sequence[Tensor]) -> Tensor:

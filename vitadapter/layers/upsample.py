@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .linear import linear
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -20,12 +21,20 @@ class Upsample(nn.ConvTranspose2d):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, kernel_size=2, stride=2)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Maps [B, D, H, W] to [B, D, 2H, 2W], channels last in memory."""
+    def forward(  # type: ignore[override]  # no output_size: a 2x2 kernel has one
+        self, x: Tensor, base: Tensor | None = None
+    ) -> Tensor:
+        """Maps [B, D, H, W] to [B, D, 2H, 2W], channels last in memory.
+
+        A map `base` of that size is added before the result is written: large maps cost most where
+        their memory is touched for the first time.
+        """
         batch, _, h, w = x.shape
         assert self.bias is not None
         # [in, out, 2, 2] -> [2, 2, out, in]
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
+        y = linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
         y = y.view(batch, h, w, 2, 2, -1).transpose(2, 3)
+        if base is not None:
+            y = y + base.permute(0, 2, 3, 1).reshape(y.shape)
         return y.reshape(batch, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)

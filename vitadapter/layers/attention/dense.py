@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linear import Linear
+
 Shapes = Sequence[tuple[int, int]]
 
 
@@ -31,10 +33,10 @@ class ProjectedAttention(nn.Module):
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
         self.num_heads = num_heads
         self.num_levels = num_levels
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self,
