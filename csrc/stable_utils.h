@@ -115,9 +115,40 @@ inline Problem offsets_problem(const Tensor& value, const std::vector<int64_t>& 
   return p;
 }
 
+// At a decoder's sizes a call is bound by the host. torch::stable::contiguous, new_empty and
+// new_zeros find their operators by name, at about a microsecond each; these do not.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// aoti_torch_aten_new_empty or aoti_torch_aten_new_zeros.
+using Allocator = decltype(aoti_torch_aten_new_empty);
+
+inline Tensor allocate(Allocator& allocator, const Tensor& like, const std::vector<int64_t>& sizes,
+                       int32_t dtype) {
+  int32_t layout = 0, device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(allocator(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                   &dtype, &layout, &device_type, device_index, nullptr, &made));
+  return Tensor(made);
+}
+
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return allocate(aoti_torch_aten_new_empty, like, sizes, dtype_code(like));
+}
+
 // value as a kernel reads it: channels contiguous, any stride over batch, pixels and heads.
 inline Tensor with_contiguous_channels(const Tensor& value) {
-  return value.stride(3) == 1 || value.size(3) == 1 ? value : torch::stable::contiguous(value);
+  return value.stride(3) == 1 || value.size(3) == 1 ? value : as_contiguous(value);
 }
 
 inline ValueStrides value_strides(const Tensor& value) {
@@ -196,7 +227,7 @@ void dispatch_dtypes(ScalarType value, ScalarType loc, const Launch& launch) {
 inline Tensor with_contiguous_rows(const Tensor& t) {
   int64_t expected = 1;
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return torch::stable::contiguous(t);
+    if (t.size(d) != 1 && t.stride(d) != expected) return as_contiguous(t);
     expected *= t.size(d);
   }
   return t;
@@ -210,11 +241,11 @@ struct OffsetsTensors {
 
   OffsetsTensors(const Tensor& reference_in, const Tensor& offsets_in, const Tensor& logits_in,
                  const std::optional<Tensor>& mask_in, const std::optional<Tensor>& scale_in)
-      : reference(torch::stable::contiguous(reference_in)),
+      : reference(as_contiguous(reference_in)),
         offsets(with_contiguous_rows(offsets_in)),
         logits(with_contiguous_rows(logits_in)) {
-    if (mask_in.has_value()) mask = torch::stable::contiguous(*mask_in);
-    if (scale_in.has_value()) scale = torch::stable::contiguous(*scale_in);
+    if (mask_in.has_value()) mask = as_contiguous(*mask_in);
+    if (scale_in.has_value()) scale = as_contiguous(*scale_in);
   }
 
   const bool* mask_ptr() const {
@@ -245,7 +276,7 @@ struct OffsetsTensors {
 inline Tensor gradient_like(const Tensor& t, bool needed) {
   std::vector<int64_t> sizes{0};
   if (needed) sizes.assign(t.sizes().begin(), t.sizes().end());
-  return torch::stable::new_empty(t, sizes);
+  return make_empty(t, sizes);
 }
 
 // The gradient of value, to be filled by the kernels; `finished` turns it into the dtype of value.
@@ -257,21 +288,22 @@ struct ValueGradient {
   Tensor tensor;
 
   ValueGradient(const Tensor& value, bool needed, bool work)
-      : dtype(value.scalar_type()), tensor(allocate(value, needed, work)) {}
+      : dtype(value.scalar_type()), tensor(make(value, needed, work)) {}
 
   Tensor finished() const {
     return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
   }
 
  private:
-  static Tensor allocate(const Tensor& value, bool needed, bool work) {
-    const ScalarType dtype = Device::kAddsToGradient && value.scalar_type() != ScalarType::Double
-                                 ? ScalarType::Float
-                                 : value.scalar_type();
+  static Tensor make(const Tensor& value, bool needed, bool work) {
+    const int32_t dtype = Device::kAddsToGradient && value.scalar_type() != ScalarType::Double
+                              ? aoti_torch_dtype_float32()
+                              : dtype_code(value);
     std::vector<int64_t> sizes{0};
     if (needed) sizes.assign(value.sizes().begin(), value.sizes().end());
-    return Device::kAddsToGradient || !work ? torch::stable::new_zeros(value, sizes, dtype)
-                                            : torch::stable::new_empty(value, sizes, dtype);
+    const bool zeros = needed && (Device::kAddsToGradient || !work);
+    return allocate(zeros ? aoti_torch_aten_new_zeros : aoti_torch_aten_new_empty, value, sizes,
+                    dtype);
   }
 };
 
@@ -292,10 +324,10 @@ Tensor launch_forward(const Tensor& value_in, const std::vector<int64_t>& spatia
   const Problem problem =
       located_problem(value_in, spatial_shapes, level_start_index, locations_in, weights_in);
   const Tensor value = with_contiguous_channels(value_in);
-  const Tensor locations = torch::stable::contiguous(locations_in);
-  const Tensor weights = torch::stable::contiguous(weights_in);
-  Tensor out = torch::stable::new_empty(
-      value, {problem.batch, problem.queries, problem.heads * problem.channels});
+  const Tensor locations = as_contiguous(locations_in);
+  const Tensor weights = as_contiguous(weights_in);
+  Tensor out =
+      make_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels});
   if (out.numel() == 0) return out;
   dispatch_dtypes(value.scalar_type(), locations.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
@@ -322,10 +354,10 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
   const Problem problem =
       located_problem(value_in, spatial_shapes, level_start_index, locations_in, weights_in);
   check_grad_output(grad_out_in, value_in, problem);
-  const Tensor grad_out = torch::stable::contiguous(grad_out_in);
+  const Tensor grad_out = as_contiguous(grad_out_in);
   const Tensor value = with_contiguous_channels(value_in);
-  const Tensor locations = torch::stable::contiguous(locations_in);
-  const Tensor weights = torch::stable::contiguous(weights_in);
+  const Tensor locations = as_contiguous(locations_in);
+  const Tensor weights = as_contiguous(weights_in);
   const bool work =
       problem.rows() * problem.points > 0 && (need_value || need_locations || need_weights);
   ValueGradient<Device> grad_value(value, need_value, work);
@@ -366,8 +398,8 @@ std::tuple<Tensor, Tensor> launch_forward_from_offsets(
                       offsets_in, logits_in, mask_in, scale_in);
   const Tensor value = with_contiguous_channels(value_in);
   const OffsetsTensors points(reference_in, offsets_in, logits_in, mask_in, scale_in);
-  Tensor out = torch::stable::new_empty(
-      value, {problem.batch, problem.queries, problem.heads * problem.channels});
+  Tensor out =
+      make_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels});
   Tensor weights = gradient_like(logits_in, return_weights);
   if (out.numel() == 0) return {out, weights};
   dispatch_dtypes(value.scalar_type(), points.offsets.scalar_type(), [&](auto types) {
@@ -399,9 +431,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
                                  {problem.batch, problem.queries, problem.heads, problem.points}) &&
                        grad_weights_in->scalar_type() == logits_in.scalar_type()),
                   "grad_weights: expected the shape and dtype of attention_logits");
-  const Tensor grad_out = torch::stable::contiguous(grad_out_in);
+  const Tensor grad_out = as_contiguous(grad_out_in);
   std::optional<Tensor> grad_weights;
-  if (grad_weights_in.has_value()) grad_weights = torch::stable::contiguous(*grad_weights_in);
+  if (grad_weights_in.has_value()) grad_weights = as_contiguous(*grad_weights_in);
   const Tensor value = with_contiguous_channels(value_in);
   const OffsetsTensors points(reference_in, offsets_in, logits_in, mask_in, scale_in);
   const bool work = problem.rows() * problem.points > 0 &&
@@ -416,10 +448,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
   }
   // Of each head: a sum over heads in the kernel would need atomics.
   const int64_t levels = points.reference.size(2), width = points.reference.size(3);
-  Tensor by_head = torch::stable::new_empty(
-      points.reference, need_reference ? std::vector<int64_t>{problem.batch, problem.queries,
-                                                              problem.heads, levels, width}
-                                       : std::vector<int64_t>{0});
+  Tensor by_head = make_empty(points.reference,
+                              need_reference ? std::vector<int64_t>{problem.batch, problem.queries,
+                                                                    problem.heads, levels, width}
+                                             : std::vector<int64_t>{0});
   dispatch_dtypes(value.scalar_type(), points.offsets.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
     using point_t = typename decltype(types)::loc_t;

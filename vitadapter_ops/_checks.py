@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,48 @@ from torch import Tensor
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+_PAIRS = frozenset((tuple, list, torch.Size))
+
+
+def kind(
+    tensors: Sequence[Tensor | None],
+    spatial_shapes: SpatialShapes,
+    level_start_index: Sequence[int] | Tensor | None,
+    *others: Hashable,
+) -> Hashable:
+    """All that the checks of a call look at, for a call of the most usual form; otherwise None.
+
+    That is sizes as plain integers, and tensors of no class of their own. What passed the checks
+    once need not be checked again when it comes with the same kind.
+    """
+    parts = list(others)
+    try:
+        for pair in spatial_shapes:
+            if type(pair) not in _PAIRS:
+                return None
+            height, width = pair
+            # Not by their hash: 4.0 and True have that of an integer.
+            if type(height) is not int or type(width) is not int:
+                return None
+            parts += (height, width)
+        if level_start_index is not None:
+            parts.append(None)  # where sizes end
+            for start in level_start_index:
+                if type(start) is not int:
+                    return None
+                parts.append(start)
+    except (TypeError, ValueError):
+        return None
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(None)
+        elif type(tensor) is Tensor:
+            parts += (tensor.shape, tensor.dtype, tensor.device)
+        else:
+            return None
+    return tuple(parts)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

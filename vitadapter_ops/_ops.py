@@ -4,11 +4,14 @@
 `ms_deform_attn` and `ms_deform_attn_from_offsets` are native: csrc/ registers their CPU and CUDA
 kernels when a library is loaded, and until then (or on any other device) the reference serves.
 `<name>_reference` has the same contract and is always the reference, so that it can be asked for by
-name.
+name; `<name>_triton` is triton/operators.py.
+
+`caller` gives the way to each, and a short one for plain calls.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,41 +71,133 @@ class Contract(NamedTuple):
     def differentiate(self, op: str) -> Callable[..., Any]:
         """The gradients of the implementation that is called `op`."""
 
+        ops = torch.ops.vitadapter_ops
+        backward = getattr(ops, f"{op}_backward").default
+        short = functools.partial(_below_autograd, backward)
+
         def gradients(ctx: Any, *grads: Tensor | None) -> Any:
-            chosen = op
-            # Not of a saved tensor: activation checkpointing lets them be asked for once.
-            on_gpu = any(grad is not None and grad.device.type != "cpu" for grad in grads)
-            if on_gpu and torch.are_deterministic_algorithms_enabled():
-                # Atomics on a GPU add in any order; the reference's index_add_ obeys the flag.
-                chosen = f"{self.name}_reference"
-            return self.backward(
-                ctx, getattr(torch.ops.vitadapter_ops, f"{chosen}_backward"), grads
-            )
+            # With create_graph, autograd has to see the call, to refuse its gradient.
+            chosen = backward if torch.is_grad_enabled() or not is_plain() else short
+            if torch.are_deterministic_algorithms_enabled():
+                # Atomics on a GPU add floats in any order. Not asked of a saved tensor: activation
+                # checkpointing lets them be asked for once.
+                on_gpu = [grad for grad in grads if grad is not None and grad.device.type != "cpu"]
+                if on_gpu:
+                    native = op == self.name and on_gpu[0].dtype != torch.float64
+                    kind = "deterministic" if native else "reference"
+                    chosen = getattr(ops, f"{self.name}_{kind}_backward")
+            return self.backward(ctx, chosen, grads)
 
         return gradients
 
 
-def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]) -> Contract:
-    """Defines an operator, its backward, and both again as `<name>_reference`.
+# --- the short way ------------------------------------------------------------------------------
+
+
+def is_plain() -> bool:
+    """Whether a call is just a call: torch neither compiles, traces nor transforms it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
+
+
+def _below_autograd(op: Any, *arguments: Any) -> Any:
+    """Calls an operator that no gradient is wanted of.
+
+    Its autograd kernel is Python (register_autograd) and takes as long as all the rest of a call,
+    only to find out the same.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+_eager: dict[str, Callable[..., Any]] = {}
+
+
+def caller(op: str, plain: bool) -> Callable[..., Any]:
+    """What calls the operator `op`; for plain calls the same result at half the host's time."""
+    return _eager[op] if plain else getattr(torch.ops.vitadapter_ops, op)
+
+
+def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
+    """The operator `name` for plain calls.
+
+    What torch.library makes of a contract is an autograd.Function behind the dispatcher; this is
+    one before it.
+    """
+    op = getattr(torch.ops.vitadapter_ops, name).default
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op(*arguments)
+        contract.setup_context(ctx, arguments, result)
+        return result
+
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(contract.differentiate(name)),
+    }
+    differentiable: Any = type(f"{name}_eager", (torch.autograd.Function,), members)
+
+    def shortened(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            for each in arguments:
+                if isinstance(each, Tensor) and each.requires_grad:
+                    return differentiable.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return shortened
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def _register_one(
+    op: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    LIB.define(f"{op}{schema}")
+    impl(LIB, op, "CompositeExplicitAutograd")(kernel)
+    register_fake(f"vitadapter_ops::{op}", fake, lib=LIB)
+
+
+def _register_backward(op: str, contract: Contract, kernel: Callable[..., Any]) -> None:
+    _register_one(op, contract.schema[1], kernel, contract.fakes[1])
+    register_autograd(f"vitadapter_ops::{op}", no_double_backward, lib=LIB)
+
+
+def register(
+    op: str, contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]
+) -> None:
+    """Registers an operator and its backward, `<op>_backward`.
 
     Args:
-        contract: of the operator.
-        kernels: the reference's two functions.
+        op: its name.
+        contract: what it keeps to.
+        kernels: what runs, forward and backward, unless csrc/ has registered kernels for a device.
+    """
+    _register_one(op, contract.schema[0], kernels[0], contract.fakes[0])
+    _register_backward(f"{op}_backward", contract, kernels[1])
+    register_autograd(
+        f"vitadapter_ops::{op}",
+        contract.differentiate(op),
+        setup_context=contract.setup_context,
+        lib=LIB,
+    )
+    _eager[op] = _shortened(op, contract)
+
+
+def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]) -> Contract:
+    """Registers an operator and `<name>_reference`, both with the reference's two functions.
+
+    And `<name>_deterministic_backward`, which csrc/ has for CUDA; the reference's index_add_ obeys
+    torch.use_deterministic_algorithms as well.
     """
     for op in (contract.name, f"{contract.name}_reference"):
-        for suffix, text, kernel, fake in zip(
-            ("", "_backward"), contract.schema, kernels, contract.fakes, strict=True
-        ):
-            LIB.define(f"{op}{suffix}{text}")
-            impl(LIB, f"{op}{suffix}", "CompositeExplicitAutograd")(kernel)
-            register_fake(f"vitadapter_ops::{op}{suffix}", fake, lib=LIB)
-        register_autograd(
-            f"vitadapter_ops::{op}",
-            contract.differentiate(op),
-            setup_context=contract.setup_context,
-            lib=LIB,
-        )
-        register_autograd(f"vitadapter_ops::{op}_backward", no_double_backward, lib=LIB)
+        register(op, contract, kernels)
+    _register_backward(f"{contract.name}_deterministic_backward", contract, kernels[1])
     return contract
 
 
@@ -223,16 +318,20 @@ def _fake_from_offsets_backward(
 
 def _save_offsets(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     value, *ctx.levels, points, offsets, logits, mask, scale, ctx.returned_weights = inputs
+    # No zeros for the gradient of weights that nobody used.
+    ctx.set_materialize_grads(False)
     # Only what came in: weights and locations are computed again.
     ctx.save_for_backward(value, points, offsets, logits, mask, scale)
 
 
 def _offsets_gradients(
-    ctx: Any, op: Any, grads: tuple[Tensor, Tensor]
+    ctx: Any, op: Any, grads: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     value, *tensors = ctx.saved_tensors
     need_value, need_points = ctx.needs_input_grad[0], ctx.needs_input_grad[4:7]
     grad_output, grad_weights = grads
+    if grad_output is None:  # only the weights were used
+        grad_output = _fake_out(value, tensors[1].shape[1]).zero_()
     grad_value, *grad_points = op(
         grad_output,
         grad_weights if ctx.returned_weights else None,

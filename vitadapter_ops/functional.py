@@ -3,13 +3,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _ops
 from .reference import compute_dtype
+
+
+class _Plan(NamedTuple):
+    """What the checks of a call found out; a call of the same kind needs no more of them."""
+
+    call: Callable[..., Any]  # the operator
+    levels: tuple[list[int], ...]  # its arguments that describe the levels
+    dtype: torch.dtype  # of the points
+
+
+# By kind of call. Checks and the choice of a backend take three times as long as a look-up.
+_plans: dict[Hashable, _Plan] = {}
+_MOST_PLANS = 4096  # then forgotten: image sizes may change without end
+
+
+def _remember(kind: Hashable, plan: _Plan) -> None:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[kind] = plan
+
+
+def _flat(sizes: list[tuple[int, int]]) -> list[int]:
+    return [side for size in sizes for side in size]
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def ms_deform_attn(
@@ -56,6 +84,41 @@ def ms_deform_attn(
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
         NotImplementedError: second-order gradients were asked for.
     """
+    kind = None
+    if _ops.is_plain():
+        tensors = (value, sampling_locations, attention_weights)
+        kind = _checks.kind(tensors, spatial_shapes, level_start_index, backend)
+    plan = None if kind is None else _plans.get(kind)
+    if plan is None:
+        plan = _plan(
+            value,
+            spatial_shapes,
+            sampling_locations,
+            attention_weights,
+            level_start_index,
+            backend,
+            kind is not None,
+        )
+        if kind is not None:
+            _remember(kind, plan)
+    return plan.call(
+        value,
+        *plan.levels,
+        _as(plan.dtype, sampling_locations),
+        _as(plan.dtype, attention_weights),
+    )
+
+
+def _plan(
+    value: Tensor,
+    spatial_shapes: _checks.SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    level_start_index: Sequence[int] | Tensor | None,
+    backend: str,
+    plain: bool,
+) -> _Plan:
+    """Checks the arguments of `ms_deform_attn`."""
     _checks.is_tensor("value", value)
     _checks.is_tensor("sampling_locations", sampling_locations)
     _checks.is_tensor("attention_weights", attention_weights)
@@ -66,17 +129,8 @@ def ms_deform_attn(
     widest = torch.promote_types(sampling_locations.dtype, attention_weights.dtype)
     if value.dtype == torch.float64:
         widest = torch.float64
-    op = getattr(
-        torch.ops.vitadapter_ops,
-        _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes)),
-    )
-    return op(
-        value,
-        [side for size in sizes for side in size],
-        starts,
-        sampling_locations.to(widest),
-        attention_weights.to(widest),
-    )
+    op = _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes))
+    return _Plan(_ops.caller(op, plain), (_flat(sizes), starts), widest)
 
 
 def ms_deform_attn_from_offsets(
@@ -141,6 +195,63 @@ def ms_deform_attn_from_offsets(
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
         NotImplementedError: second-order gradients were asked for.
     """
+    kind = None
+    if _ops.is_plain() and (points_per_level is None or set(map(type, points_per_level)) == {int}):
+        kind = _checks.kind(
+            (value, reference_points, sampling_offsets, attention_logits, padding_mask),
+            spatial_shapes,
+            level_start_index,
+            backend,
+            None if points_per_level is None else tuple(points_per_level),
+        )
+    plan = None if kind is None else _plans.get(kind)
+    if plan is None:
+        plan = _plan_from_offsets(
+            value,
+            spatial_shapes,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
+            level_start_index,
+            padding_mask,
+            points_per_level,
+            backend,
+            kind is not None,
+        )
+        if kind is not None:
+            _remember(kind, plan)
+    compute = compute_dtype(value.dtype)
+    if offset_scale is not None:
+        total = sampling_offsets.shape[3]
+        offset_scale = _checks.offset_scale(offset_scale, reference_points, total, compute)
+    out, weights = plan.call(
+        value,
+        *plan.levels,
+        _as(compute, reference_points),
+        _as(plan.dtype, sampling_offsets),
+        _as(plan.dtype, attention_logits),
+        padding_mask,
+        offset_scale,
+        return_weights,
+    )
+    if return_weights:
+        return out, _as(attention_logits.dtype, weights)
+    return out
+
+
+def _plan_from_offsets(
+    value: Tensor,
+    spatial_shapes: _checks.SpatialShapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    level_start_index: Sequence[int] | Tensor | None,
+    padding_mask: Tensor | None,
+    points_per_level: Sequence[int] | None,
+    backend: str,
+    plain: bool,
+) -> _Plan:
+    """Checks the arguments of `ms_deform_attn_from_offsets`."""
     for name, tensor in (
         ("value", value),
         ("reference_points", reference_points),
@@ -159,30 +270,11 @@ def ms_deform_attn_from_offsets(
     if padding_mask is not None:
         _checks.padding_mask(padding_mask, batch, pixels)
         _checks.device("padding_mask", padding_mask, value.device, "value")
-    compute = compute_dtype(value.dtype)
-    scale = _checks.offset_scale(offset_scale, reference_points, total, compute)
     # Kernels take one dtype for both, that of value or of arithmetic; widening loses nothing.
     dtype = value.dtype
     if not sampling_offsets.dtype == attention_logits.dtype == dtype:
-        dtype = compute
-    op = getattr(
-        torch.ops.vitadapter_ops,
-        _dispatch.choose(
-            backend, "ms_deform_attn_from_offsets", value.device.type, value.dtype, len(sizes)
-        ),
+        dtype = compute_dtype(value.dtype)
+    op = _dispatch.choose(
+        backend, "ms_deform_attn_from_offsets", value.device.type, value.dtype, len(sizes)
     )
-    out, weights = op(
-        value,
-        [side for size in sizes for side in size],
-        starts,
-        counts,
-        reference_points.to(compute),
-        sampling_offsets.to(dtype),
-        attention_logits.to(dtype),
-        padding_mask,
-        scale,
-        return_weights,
-    )
-    if return_weights:
-        return out, weights.to(attention_logits.dtype)
-    return out
+    return _Plan(_ops.caller(op, plain), (_flat(sizes), starts, counts), dtype)

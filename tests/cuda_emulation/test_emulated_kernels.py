@@ -305,10 +305,10 @@ MUTATIONS = {
         "s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];",
         "s.weight[i] = f.wy[i / 2] * f.wx[i % 2];",
     ),
-    "points off the map that keep their place": (
+    "points that take the place of earlier ones": (
         "cuda/points.cuh",
         "count += __popc(on);",
-        "count += group::kLanes;",
+        "count = __popc(on);",
     ),
     "softmax without its sum": (
         "cuda/points.cuh",

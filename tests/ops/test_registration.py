@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 
 import cases
 import gate
-from vitadapter_ops import MSDeformAttn, ms_deform_attn
+from vitadapter_ops import MSDeformAttn, _ops, ms_deform_attn
 
 OPS = torch.ops.vitadapter_ops
 NAMES = ["ms_deform_attn", "ms_deform_attn_reference"]
@@ -204,3 +204,42 @@ def test_gil_is_released_and_threads_agree(backend):
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(call, range(64)):
             assert torch.equal(got, expected)
+
+
+def backward_on_a_gpu():
+    """The operator that a backward on a GPU calls; meta stands for one."""
+    chosen = []
+    contract = _ops.MS_DEFORM_ATTN._replace(backward=lambda ctx, op, grads: chosen.append(op))
+    with torch.enable_grad():  # no short way: the operator itself
+        contract.differentiate("ms_deform_attn_triton")(None, torch.empty(1, device="meta"))
+    return str(chosen[0])
+
+
+def test_deterministic_mode_takes_the_references_backward_on_a_gpu():
+    assert "ms_deform_attn_triton_backward" in backward_on_a_gpu()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "ms_deform_attn_reference_backward" in backward_on_a_gpu()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_poisoned_memory_leaves_the_backward_to_the_kernels():
+    assert torch.empty(3).isnan().all()
+    assert "ms_deform_attn_triton_backward" in backward_on_a_gpu()
+
+
+def test_a_call_of_a_known_kind_is_checked_as_the_first_one():
+    inputs = cases.SMALL[3].inputs().to(torch.float32)
+    value, locations, weights = inputs.tensors
+    shapes = [(8, 12), (4, 6), (2, 3)]
+    expected = ms_deform_attn(value, shapes, locations, weights)
+    assert torch.equal(
+        ms_deform_attn(value, [list(s) for s in shapes], locations, weights), expected
+    )
+    for bad in ([(8.0, 12), *shapes[1:]], [(8, 12, 4), (6,), (2, 3)], [{8, 12}, *shapes[1:]]):
+        with pytest.raises(ValueError, match=r"spatial_shapes\[[01]\]: expected"):
+            ms_deform_attn(value, bad, locations, weights)
+    with pytest.raises(ValueError, match="integers, got True"):
+        ms_deform_attn(value, shapes, locations, weights, level_start_index=[True, 96, 120])

@@ -10,8 +10,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from torch.library import custom_op
-
 from .. import _ops
 
 
@@ -28,20 +26,9 @@ def _kernel(function: str) -> Callable[..., Any]:
     return call
 
 
-def _register(contract: _ops.Contract, forward: str, backward: str) -> None:
-    name = f"{contract.name}_triton"
-    qualified = f"vitadapter_ops::{name}"
-    ops = [
-        custom_op(f"{qualified}{suffix}", _kernel(function), mutates_args=(), schema=schema)
-        for suffix, function, schema in zip(
-            ("", "_backward"), (forward, backward), contract.schema, strict=True
-        )
-    ]
-    for op, fake in zip(ops, contract.fakes, strict=True):
-        op.register_fake(fake)
-    ops[0].register_autograd(contract.differentiate(name), setup_context=contract.setup_context)
-    ops[1].register_autograd(_ops.no_double_backward)
-
-
-_register(_ops.MS_DEFORM_ATTN, "forward", "backward")
-_register(_ops.MS_DEFORM_ATTN_FROM_OFFSETS, "forward_from_offsets", "backward_from_offsets")
+for contract, functions in (
+    (_ops.MS_DEFORM_ATTN, ("forward", "backward")),
+    (_ops.MS_DEFORM_ATTN_FROM_OFFSETS, ("forward_from_offsets", "backward_from_offsets")),
+):
+    forward, backward = map(_kernel, functions)
+    _ops.register(f"{contract.name}_triton", contract, (forward, backward))
