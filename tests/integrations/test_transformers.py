@@ -10,12 +10,8 @@ import torch
 import drop_in_checks
 from optional import require_integration
 from vitadapter_ops.compat import functions
-from vitadapter_ops.compat.transformers import (
-    MODELS,
-    MultiScaleDeformableAttention,
-    kernel_mapping,
-    patch_transformers,
-)
+from vitadapter_ops.compat.kernels import MultiScaleDeformableAttention, kernel_mapping
+from vitadapter_ops.compat.transformers import MODELS, patch_transformers
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
 TENSOR = torch.tensor(SHAPES)
