@@ -3,6 +3,7 @@
 
     python benchmarks/drop_in.py
     python benchmarks/drop_in.py --models deformable-detr --rounds 3
+    python benchmarks/drop_in.py --json benchmarks/results/drop-in-cpu.json
 
 Deformable DETR, Grounding DINO and Mask2Former of the installed transformers, in their default
 sizes with random weights, on one image of 800 x 1066. Original and patched take turns in one
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 try:
@@ -195,18 +197,32 @@ def measure(
     return shares, {key: Timing(tuple(values)) for key, values in samples.items()}
 
 
-def table(name: str, shares: dict[str, float], timings: dict[tuple[str, str], Timing]) -> Table:
-    result = Table(title=name, **LOOK)
-    columns(result, "", "original [s]", "patched [s]", "faster", "outputs differ by")
+def as_json(
+    shares: dict[str, float], timings: dict[tuple[str, str], Timing]
+) -> dict[str, dict[str, Any]]:
+    """For each part what was measured; `faster` is None where the outputs do not agree."""
+    found = {}
     for part, share in shares.items():
         before, after = timings[part, ORIGINAL], timings[part, PATCHED]
-        faster = before.median / after.median if share <= AGREEMENT else None
+        found[part] = {
+            ORIGINAL: before.as_json(),
+            PATCHED: after.as_json(),
+            "difference": share,
+            "faster": before.median / after.median if share <= AGREEMENT else None,
+        }
+    return found
+
+
+def table(name: str, parts: dict[str, dict[str, Any]]) -> Table:
+    result = Table(title=name, **LOOK)
+    columns(result, "", "original [s]", "patched [s]", "faster", "outputs differ by")
+    for part, found in parts.items():
         result.add_row(
             part,
-            span(before.as_json(), "s"),
-            span(after.as_json(), "s"),
-            times(faster),
-            f"{share:.1e}",
+            span(found[ORIGINAL], "s"),
+            span(found[PATCHED], "s"),
+            times(found["faster"]),
+            f"{found['difference']:.1e}",
         )
     return result
 
@@ -218,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=positive, default=5, help="recorded rounds (default: 5)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -229,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu")
     console = wide_console()
-    record = {
+    record: dict[str, Any] = {
         "date": _report.today(),
         "machine": _report.machine(device),
         "versions": _report.versions("vitadapter_ops", "transformers"),
@@ -239,13 +256,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_report.caption(record), style="dim", highlight=False)
     console.print(f"transformers {record['versions']['transformers']}, fp32", style="dim")
     console.print()
-    agree = True
+    record["settings"] = {"rounds": args.rounds, "image": list(image().shape)}
+    record["models"] = {}
     for name in args.models:
-        shares, timings = measure(name, transformers, args.rounds)
-        agree &= shares[MODELS[name].part[1]] <= AGREEMENT
-        console.print(table(name, shares, timings))
+        parts = as_json(*measure(name, transformers, args.rounds))
+        record["models"][name] = parts
+        console.print(table(name, parts))
         console.print()
     console.print("Medians of the rounds, with the 20th and 80th percentile.", style="dim")
+    if args.json is not None:
+        _report.write_json(args.json, record)
+        console.print(f"Written to: {args.json}", highlight=False, markup=False)
+    agree = all(
+        parts[MODELS[name].part[1]]["faster"] is not None
+        for name, parts in record["models"].items()
+    )
     return 0 if agree else 1
 
 

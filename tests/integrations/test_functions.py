@@ -309,7 +309,7 @@ def test_importing_the_package_imports_no_project(tmp_path):
     code = (
         "import sys, vitadapter_ops.compat\n"
         "from vitadapter_ops.compat import deformable_detr, dcnv4, detrex, functions, mmcv, msda\n"
-        "from vitadapter_ops.compat import rfdetr, rtdetr, transformers\n"
+        "from vitadapter_ops.compat import kernels, onnx, rfdetr, rtdetr, transformers\n"
         "others = {'transformers', 'mmcv', 'mmengine', 'rfdetr', 'onnx', 'onnxscript', 'kernels'}\n"
         "print(sorted(others & set(sys.modules)))\n"
     )

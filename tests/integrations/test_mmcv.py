@@ -65,6 +65,24 @@ def test_patched_module_is_the_original(theirs, batch_first, coordinates, precis
     drop_in_checks.check(original, ours, module, tensors(coordinates), precision)
 
 
+def test_identity_and_dropout_are_the_originals(theirs):
+    module = attention(theirs)
+    module.dropout.p = 0.4
+    query, value, reference, position = tensors(2)
+
+    def output(module):
+        torch.manual_seed(0)
+        return module(
+            query.transpose(0, 1), value=value.transpose(0, 1), identity=position.transpose(0, 1),
+            reference_points=reference, spatial_shapes=torch.tensor(SHAPES),
+            level_start_index=torch.tensor([0, 40, 52]),
+        )  # fmt: skip
+
+    expected = output(module.train())
+    with mmcv.patch_mmcv():
+        torch.testing.assert_close(output(module), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_our_module_takes_their_state(theirs):
     module = attention(theirs)
     ours = mmcv.MultiScaleDeformableAttention(WIDTH, num_heads=HEADS, num_levels=3, dropout=0.0)

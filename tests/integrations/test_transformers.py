@@ -10,12 +10,8 @@ import torch
 import drop_in_checks
 from optional import require_integration
 from vitadapter_ops.compat import functions
-from vitadapter_ops.compat.transformers import (
-    MODELS,
-    MultiScaleDeformableAttention,
-    kernel_mapping,
-    patch_transformers,
-)
+from vitadapter_ops.compat.kernels import MultiScaleDeformableAttention, kernel_mapping
+from vitadapter_ops.compat.transformers import MODELS, patch_transformers
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
 TENSOR = torch.tensor(SHAPES)
@@ -210,6 +206,42 @@ def test_names_are_checked():
         patch_transformers("detr")
     with pytest.raises(ImportError, match="has no model 'deta'"):
         patch_transformers("deta")
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_two_steps_of_a_module_have_the_losses_of_the_original(name):
+    original, ours = both(name, padding(name))
+    module, given = attention(name), tensors(name, 4)
+
+    def losses(function):
+        return drop_in_checks.sgd_losses(
+            module, lambda model: function(model, *given)[0].square().mean()
+        )
+
+    expected = losses(original)
+    assert expected[0] != expected[-1]
+    torch.testing.assert_close(
+        torch.tensor(losses(ours)), torch.tensor(expected), rtol=1e-4, atol=0
+    )
+
+
+def test_arguments_may_be_positional():
+    module, (query, value, reference, position) = attention("oneformer"), tensors("oneformer", 2)
+    arguments = (query, padding("oneformer"), value, None, position, reference, TENSOR, STARTS)
+    arguments += (False, SHAPES)
+    expected = module(*arguments)
+    with patch_transformers("oneformer"):
+        for mine, theirs in zip(module(*arguments), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_the_original_refuses_is_refused():
+    module, (query, *_) = attention("mask2former"), tensors("mask2former", 2)
+    with patch_transformers("mask2former"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'spatial_shapes'"):
+            module(query, spatial_shapes=TENSOR)
+        with pytest.raises(ValueError, match="reference_points and spatial_shapes: expected all"):
+            module(query)
 
 
 def test_a_forward_with_other_arguments_keeps_its_own(monkeypatch):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..functional import ms_deform_attn, ms_deform_attn_from_offsets
-from ..modules import MSDeformAttn
+from ..modules import initial_offsets, offsets_and_logits
 from ..reference import compute_dtype
 
 SpatialShapes = _checks.SpatialShapes
@@ -105,121 +105,106 @@ def sample_lists(
     )
 
 
-def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
-    """The module's `sampling_offsets` and `attention_weights` of a query, in one product if it can.
-
-    Not where a layer's forward was replaced, as accelerate does to fetch offloaded weights.
-    """
-    layers: Any = module
-    offsets, logits = layers.sampling_offsets, layers.attention_weights
-    if "forward" in vars(offsets) or "forward" in vars(logits):
-        return offsets(query), logits(query)
-    return MSDeformAttn._offsets_and_logits(layers, query)
-
-
 def attend(
+    module: nn.Module,
+    query: Tensor,
     value: Tensor,
     spatial_shapes: SpatialShapes,
     reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
     num_points: Sequence[int],
+    *,
     offset_scale: float = 0.5,
     level_start_index: Sequence[int] | Tensor | None = None,
     padding: Tensor | None = None,
-) -> Tensor:
-    """What the modules do between their projections: locations, softmax and sampling, in one step.
+    return_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What the modules do between the projections of value and output.
+
+    Offsets and logits from the query, then locations, softmax and sampling in one step.
 
     Args:
+        module: has the layers `sampling_offsets` and `attention_weights`.
+        query: [B, Q, C].
         value: [B, S, M * D] as the projection gives it.
         spatial_shapes: (H, W) of each level.
         reference_points: [B or 1, Q, L or 1, 2]: (x, y) as fractions, offsets in pixels; or
             [..., 4]: (x, y, w, h), offsets in units of offset_scale / points of the box.
-        sampling_offsets: [B, Q, M * sum(num_points) * 2] as the projection gives them.
-        attention_logits: [B, Q, M * sum(num_points)] likewise.
         num_points: points on each level.
         offset_scale: with boxes, how much of one the points reach over.
         level_start_index: as in `sample`.
         padding: [B, S], nonzero where the value is padding and reads as zero.
+        return_weights: whether anyone wants the weights.
 
     Returns:
-        [B, Q, M * D], dtype of value.
+        [B, Q, M * D] in the dtype of value, and the weights [B, Q, M, sum(num_points)] in the dtype
+        that softmax would give, or None.
     """
-    return _attend(
-        value,
-        spatial_shapes,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        num_points,
-        offset_scale,
-        level_start_index,
-        padding,
-        False,
-    )[0]
-
-
-def attend_with_weights(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    num_points: Sequence[int],
-    offset_scale: float = 0.5,
-    padding: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attend`, and the weights [B, Q, M, sum(num_points)] in the dtype that softmax would give."""
+    offsets, logits = offsets_and_logits(module, query)
     # As autocast does before a softmax, except on CPUs.
-    if value.device.type != "cpu" and torch.is_autocast_enabled(value.device.type):
-        attention_logits = attention_logits.to(compute_dtype(attention_logits.dtype))
-    return _attend(
-        value,
-        spatial_shapes,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        num_points,
-        offset_scale,
-        None,
-        padding,
-        True,
-    )
-
-
-def _attend(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    num_points: Sequence[int],
-    offset_scale: float,
-    level_start_index: Sequence[int] | Tensor | None,
-    padding: Tensor | None,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    total = sum(num_points)
-    heads = attention_logits.shape[-1] // total
-    batch, queries, _ = attention_logits.shape
+    device = value.device.type
+    if return_weights and device != "cpu" and torch.is_autocast_enabled(device):
+        logits = logits.to(compute_dtype(logits.dtype))
     scale: float | Tensor | None = None
     # Half a box per point is the operator's default.
     if reference_points.shape[-1] == 4 and offset_scale != 0.5:
-        like = attention_logits.to(compute_dtype(value.dtype))
-        scale = shares(like, num_points, offset_scale)
+        scale = shares(logits.to(compute_dtype(value.dtype)), num_points, offset_scale)
+    shape = (*logits.shape[:2], -1, sum(num_points))
     result = ms_deform_attn_from_offsets(
-        torch.unflatten(value, -1, (heads, -1)),
+        torch.unflatten(value, -1, (logits.shape[-1] // sum(num_points), -1)),
         spatial_shapes,
         reference_points,
-        sampling_offsets.view(batch, queries, heads, total, 2),
-        attention_logits.view(batch, queries, heads, total),
+        offsets.view(*shape, 2),
+        logits.view(shape),
         level_start_index=level_start_index,
         padding_mask=None if padding is None else padding.to(torch.bool),
         points_per_level=num_points,
         offset_scale=scale,
         return_weights=return_weights,
     )
-    return result if isinstance(result, tuple) else (result, attention_logits)
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def attend_to_nearest(
+    function: Callable[..., Tensor],
+    module: nn.Module,
+    query: Tensor,
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    reference_points: Tensor,
+    num_points: Sequence[int],
+    *,
+    offset_scale: float,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` for the method "discrete" of `function`, one of RT-DETRv2's.
+
+    Args:
+        function: `functions.deformable_attention_core_func_v2`, or transformers' variant.
+        module: as in `attend`, like the others.
+        query: see there.
+        value: see there.
+        spatial_shapes: see there.
+        reference_points: see there.
+        num_points: see there.
+        offset_scale: see there.
+        padding: see there.
+
+    Returns:
+        As `attend`, always with the weights.
+    """
+    if padding is not None:
+        value = value.masked_fill(padding.to(torch.bool).unsqueeze(-1), 0.0)
+    # Two products: from one, the offsets would get a gradient of zero instead of none, and
+    # optimizers tell the two apart.
+    layers: Any = module
+    offsets, logits = layers.sampling_offsets(query), layers.attention_weights(query)
+    shape = (*logits.shape[:2], -1, sum(num_points))
+    weights = logits.view(shape).softmax(-1)
+    points = locations(
+        reference_points, offsets.view(*shape, 2), spatial_shapes, num_points, offset_scale
+    )
+    value = torch.unflatten(value, -1, (weights.shape[2], -1))
+    return function(value, spatial_shapes, points, weights, num_points, "discrete"), weights
 
 
 def shares(like: Tensor, num_points: Sequence[int], offset_scale: float) -> Tensor:
@@ -262,15 +247,6 @@ def locations(
     return reference_points[..., :2] + sampling_offsets * share * reference_points[..., 2:]
 
 
-def star_of_offsets(heads: int, num_points: Sequence[int]) -> Tensor:
-    """The published initial offsets [M * sum(num_points) * 2]: a ray of 1, 2, ... pixels a head."""
-    angle = torch.arange(heads, dtype=torch.float32, device="cpu") * (2.0 * math.pi / heads)
-    direction = torch.stack((angle.cos(), angle.sin()), -1)
-    direction = direction / direction.abs().amax(-1, keepdim=True)
-    steps = torch.cat([torch.arange(1, points + 1, device="cpu") for points in num_points])
-    return (direction[:, None] * steps[:, None]).flatten()
-
-
 def init_like_deformable_detr(module: nn.Module, heads: int, num_points: Sequence[int]) -> None:
     """Initialises the projections that `module` has, as Deformable DETR does."""
     for name in ("sampling_offsets", "attention_weights"):
@@ -280,7 +256,7 @@ def init_like_deformable_detr(module: nn.Module, heads: int, num_points: Sequenc
         nn.init.zeros_(linear.bias)
         if name == "sampling_offsets":
             with torch.no_grad():
-                linear.bias.copy_(star_of_offsets(heads, num_points))
+                linear.bias.copy_(initial_offsets(heads, num_points))
     for name, linear in module.named_children():
         if name in ("value_proj", "output_proj"):
             assert isinstance(linear, nn.Linear)

@@ -159,11 +159,12 @@ def attention(
     self: Any = module
     if not self.batch_first:
         query, value = query.transpose(0, 1), value.transpose(0, 1)
-    output = _common.attend(
+    output, _ = _common.attend(
+        module,
+        query,
         self.value_proj(value),
         spatial_shapes,
         reference_points,
-        *_common.offsets_and_logits(module, query),
         [self.num_points] * self.num_levels,
         level_start_index=level_start_index,
         padding=padding,

@@ -73,11 +73,12 @@ def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 input_padding_mask,
                 input_spatial_shapes_hw,
             )
-        output = _common.attend(
+        output, _ = _common.attend(
+            self,
+            query,
             module.value_proj(input_flatten),
             input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw,
             reference_points,
-            *_common.offsets_and_logits(self, query),
             [module.n_points] * module.n_levels,
             padding=input_padding_mask,
         )

@@ -11,7 +11,8 @@ all, and with a level table that differs from one image size to the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,39 +85,20 @@ class _MultiPoint(nn.Module):
         padding: Tensor | None = None,
     ) -> Tensor:
         """Samples value [B, S, M * D] where it is not padding [B, S]; [B, Q, M * D]."""
-        points = self.num_points_list
-        if self.method == "default":
-            offsets, logits = _common.offsets_and_logits(self, query)
-            return _common.attend(
-                value,
-                spatial_shapes,
-                reference_points,
-                offsets,
-                logits,
-                points,
-                self.offset_scale,
-                padding=padding,
-            )
-        if padding is not None:
-            value = value.masked_fill(padding.unsqueeze(-1), 0.0)
-        # Two products: from one, the offsets would get a gradient of zero instead of none.
-        offsets = self.sampling_offsets(query)
-        logits = self.attention_weights(query)
-        shape = (*query.shape[:2], self.num_heads, sum(points))
-        return deformable_attention_core_func_v2(
-            torch.unflatten(value, -1, (self.num_heads, -1)),
+        method: Callable[..., tuple[Tensor, Tensor | None]] = _common.attend
+        if self.method == "discrete":
+            method = partial(_common.attend_to_nearest, deformable_attention_core_func_v2)
+        output, _ = method(
+            self,
+            query,
+            value,
             spatial_shapes,
-            _common.locations(
-                reference_points,
-                offsets.reshape(*shape, 2),
-                spatial_shapes,
-                points,
-                self.offset_scale,
-            ),
-            logits.view(shape).softmax(-1),
-            points,
-            "discrete",
+            reference_points,
+            self.num_points_list,
+            offset_scale=self.offset_scale,
+            padding=padding,
         )
+        return output
 
 
 class MSDeformableAttention(_MultiPoint):

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks/drop_in.py compares and records."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import drop_in
+from _timing import Timing
+
+
+def test_difference_is_a_share_of_the_largest_value():
+    expected = [torch.tensor([1.0, -4.0, torch.inf])]
+    assert drop_in.difference([torch.tensor([1.0, -4.1, torch.inf])], expected) == (
+        pytest.approx(0.1 / 4, rel=1e-5)
+    )
+
+
+def test_speed_is_recorded_only_where_outputs_agree():
+    timings = {
+        (part, variant): Timing((seconds,))
+        for part in ("encoder", "whole model")
+        for variant, seconds in ((drop_in.ORIGINAL, 4.0), (drop_in.PATCHED, 1.0))
+    }
+    found = drop_in.as_json({"encoder": 1e-6, "whole model": 1e-3}, timings)
+    assert found["encoder"]["faster"] == 4.0
+    assert found["whole model"]["faster"] is None
