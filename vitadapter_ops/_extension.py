@@ -82,6 +82,9 @@ def why_no_jit(device: str) -> str | None:
         reason = _build.why_no_cuda_build(torch.version.cuda, CUDA_HOME)
         if reason is not None:
             return reason
+        # Some releases of torch.utils.cpp_extension fail with an IndexError here.
+        if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
+            return "there is no GPU to compile for; TORCH_CUDA_ARCH_LIST names one that is not here"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) was found; install one or set CXX"

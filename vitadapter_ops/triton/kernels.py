@@ -199,7 +199,9 @@ def add_to_row(
     c = tl.arange(0, WIDTH)
     row = pointer + offset
     for k in tl.static_range(CHUNKS):
-        inside = mask[:, None]
+        # The comparison is always true, and no instruction. It gives the mask all columns: of a
+        # single one, the interpreter of triton 3.6 reads beyond the end.
+        inside = mask[:, None] & (c >= 0)[None, :]
         if (k + 1) * WIDTH > CHANNELS:
             inside = inside & (k * WIDTH + c < CHANNELS)[None, :]
         at = row[:, None] + (k * WIDTH + c)[None, :]
