@@ -79,16 +79,24 @@ class Contract(NamedTuple):
             # With create_graph, autograd has to see the call, to refuse its gradient.
             chosen = backward if torch.is_grad_enabled() or not is_plain() else short
             if torch.are_deterministic_algorithms_enabled():
-                # Atomics on a GPU add floats in any order. Not asked of a saved tensor: activation
-                # checkpointing lets them be asked for once.
-                on_gpu = [grad for grad in grads if grad is not None and grad.device.type != "cpu"]
-                if on_gpu:
-                    native = op == self.name and on_gpu[0].dtype != torch.float64
-                    kind = "deterministic" if native else "reference"
-                    chosen = getattr(ops, f"{self.name}_{kind}_backward")
+                # Not asked of a saved tensor: activation checkpointing lets them be asked for once.
+                given = next(grad for grad in grads if grad is not None)
+                chosen = getattr(ops, deterministic_backward(self.name, op, given)).default
             return self.backward(ctx, chosen, grads)
 
         return gradients
+
+
+def deterministic_backward(name: str, op: str, grad: Tensor) -> str:
+    """The backward of the implementation `op` of `name` whose bits repeat, for a device and dtype.
+
+    Atomics on a GPU add floats in any order. Our CUDA kernels have integers instead, but for fp64;
+    the reference's index_add_ obeys torch.use_deterministic_algorithms.
+    """
+    if grad.device.type == "cpu":
+        return f"{op}_backward"
+    kind = "deterministic" if op == name and grad.dtype != torch.float64 else "reference"
+    return f"{name}_{kind}_backward"
 
 
 # --- the short way ------------------------------------------------------------------------------

@@ -206,20 +206,29 @@ def test_gil_is_released_and_threads_agree(backend):
             assert torch.equal(got, expected)
 
 
-def backward_on_a_gpu():
-    """The operator that a backward on a GPU calls; meta stands for one."""
+def backward_on_a_gpu(op="ms_deform_attn_triton", dtype=torch.float32):
+    """The operator that the backward of `op` on a GPU calls; meta stands for one."""
     chosen = []
     contract = _ops.MS_DEFORM_ATTN._replace(backward=lambda ctx, op, grads: chosen.append(op))
     with torch.enable_grad():  # no short way: the operator itself
-        contract.differentiate("ms_deform_attn_triton")(None, torch.empty(1, device="meta"))
+        contract.differentiate(op)(None, torch.empty(1, dtype=dtype, device="meta"))
     return str(chosen[0])
 
 
-def test_deterministic_mode_takes_the_references_backward_on_a_gpu():
-    assert "ms_deform_attn_triton_backward" in backward_on_a_gpu()
+@pytest.mark.parametrize(
+    ("op", "dtype", "kind"),
+    [
+        ("ms_deform_attn", torch.float32, "deterministic"),
+        ("ms_deform_attn", torch.bfloat16, "deterministic"),
+        ("ms_deform_attn", torch.float64, "reference"),
+        ("ms_deform_attn_triton", torch.float32, "reference"),
+    ],
+)
+def test_deterministic_mode_takes_a_backward_without_float_atomics_on_a_gpu(op, dtype, kind):
+    assert f"{op}_backward" in backward_on_a_gpu(op, dtype)
     torch.use_deterministic_algorithms(True)
     try:
-        assert "ms_deform_attn_reference_backward" in backward_on_a_gpu()
+        assert f"ms_deform_attn_{kind}_backward" in backward_on_a_gpu(op, dtype)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CUDA kernel compiles without a warning, a spill or a stack frame. Needs nvcc, no GPU."""
+"""Every CUDA kernel compiles without a warning, a spill or a stack frame, to the code meant.
+
+Needs nvcc, no GPU.
+"""
 
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from torch.utils import cpp_extension
@@ -16,22 +20,91 @@ NVCC = shutil.which("nvcc") or (
 )
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_compiles_without_warnings_spills_or_stack(arch, tmp_path):
-    report = ""
-    for source in _build.SOURCES["cuda"]:
-        command = [NVCC, "-c", "-std=c++17", f"-arch={arch}", "-Xcompiler", "-fPIC"]
-        command += ["-Werror", "all-warnings", "-Xptxas", "-v", *_build.NVCC_FLAGS]
-        # torch's own headers are not ours to keep free of warnings.
-        command += [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-        command += [str(_extension.source_dir() / source), "-o", str(tmp_path / "kernels.o")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        report += done.stderr
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+# Registers that the launch bounds leave a thread: kForwardBlocks, kBackwardBlocks of csrc/cuda.
+REGISTERS = {
+    "forward": {"special": 80, "general": 128},
+    "backward": {"special": 128, "double": 255},
+}
+
+
+class Compiled(NamedTuple):
+    """The kernels of one architecture."""
+
+    arch: str
+    report: str  # of ptxas
+    object: Path
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def compiled(request, tmp_path_factory):
+    arch, output = request.param, tmp_path_factory.mktemp("cuda") / "kernels.o"
+    (source,) = _build.SOURCES["cuda"]
+    command = [NVCC, "-c", "-std=c++17", f"-arch={arch}", "-Xcompiler", "-fPIC"]
+    command += ["-Werror", "all-warnings", "-Xptxas", "-v", *_build.NVCC_FLAGS]
+    # torch's own headers are not ours to keep free of warnings.
+    command += [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    command += [str(_extension.source_dir() / source), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Compiled(arch, done.stderr, output)
+
+
+def test_compiles_without_warnings_spills_or_stack(compiled):
     frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        compiled.report,
     )
-    # 6 pairs of dtypes, 2 operators: forward with packed and with scalar loads, backward.
-    assert len(frames) >= 36
+    # 5 pairs of dtypes with 7 numbers of channels, and 6 general ones; 2 operators, 2 directions.
+    assert len(frames) >= 4 * (5 * 7 + 6)
     assert set(frames) == {("0", "0", "0")}
+
+
+def test_registers_stay_within_the_plan(compiled):
+    used = re.findall(
+        r"Compiling entry function '\S*ms_deform_attn_(forward|backward)_kernelI(\S+?)' for"
+        r"[\s\S]*?Used (\d+) registers",
+        compiled.report,
+    )
+    assert len(used) >= 4 * (5 * 7 + 6)
+    for direction, arguments, registers in used:
+        plan = REGISTERS[direction]
+        if direction == "forward":
+            bound = plan["general" if "Li0E" in arguments else "special"]
+        else:
+            bound = plan["double" if arguments.startswith("d") else "special"]
+        assert int(registers) <= bound, (direction, arguments)
+
+
+def sass(compiled):
+    """The machine code of each kernel, by its mangled name."""
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason="needs triton's disassembler")
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    text = subprocess.run(
+        [str(tool), "-sass", str(compiled.object)], capture_output=True, text=True, check=True
+    ).stdout
+    parts = re.split(r"Function : (\S+)", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_machine_code_moves_sixteen_bytes_and_adds_vectors(compiled):
+    kernels = {name: code for name, code in sass(compiled).items() if "ms_deform_attn_" in name}
+    assert not any(re.search(r"\b(LDL|STL)\b", code) for code in kernels.values())
+    checked = 0
+    for name, code in kernels.items():
+        # Of fp32 and bf16, 32 channels.
+        if not re.search(r"kernelI(f|13__nv_bfloat16)NS_7Located", name) or "Li32E" not in name:
+            continue
+        checked += 1
+        if "forward" in name:
+            # Four corners of two points, and of the odd one.
+            assert len(re.findall(r"LDG\.E\.128", code)) >= 12
+            assert re.search(r"STG\.E\.128", code)
+        else:
+            assert len(re.findall(r"LDG\.E\.128", code)) >= 4
+            vectors = len(re.findall(r"REDG?\.E\.ADD\.F32x4", code))
+            assert (vectors >= 4) == (compiled.arch == "sm_90")
+            # The deterministic way.
+            assert re.search(r"REDG?\.E\.ADD\.64", code)
+    assert checked == 2 * 3

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _dispatch, _ops
 from ._common import SpatialShapes, sample, widened
 from ._patch import Patch, Replacement
 
@@ -87,9 +87,10 @@ def ms_deform_attn_backward(
     )
     widest = torch.promote_types(points.dtype, weights.dtype)
     op = _dispatch.choose("auto", "ms_deform_attn", value.device.type, value.dtype, len(sizes))
-    if value.is_cuda and torch.are_deterministic_algorithms_enabled():
-        op = "ms_deform_attn_reference"  # as in our operator's own backward
-    grads = getattr(torch.ops.vitadapter_ops, f"{op}_backward")(
+    backward = f"{op}_backward"
+    if torch.are_deterministic_algorithms_enabled():
+        backward = _ops.deterministic_backward("ms_deform_attn", op, value)
+    grads = getattr(torch.ops.vitadapter_ops, backward)(
         grad_output.to(value.dtype),
         value,
         [side for size in sizes for side in size],
