@@ -82,9 +82,6 @@ def why_no_jit(device: str) -> str | None:
         reason = _build.why_no_cuda_build(torch.version.cuda, CUDA_HOME)
         if reason is not None:
             return reason
-        # Some releases of torch.utils.cpp_extension fail with an IndexError here.
-        if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
-            return "there is no GPU to compile for; TORCH_CUDA_ARCH_LIST names one that is not here"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) was found; install one or set CXX"
@@ -166,6 +163,8 @@ def _compile(device: str) -> Library:
             with_cuda=device == "cuda",
             is_python_module=False,
         )
+    except IndexError:  # what some releases of torch raise then
+        return Library(None, error="there is no GPU to compile for; TORCH_CUDA_ARCH_LIST names one")
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return Library(None, error=f"compiling failed: {error}")
     if first:
