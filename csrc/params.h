@@ -32,7 +32,10 @@ struct Divisor {
   uint32_t divisor = 1, magic = 1, shift = 0;
 
   Divisor() = default;
-  explicit Divisor(uint32_t d) : divisor(d) {
+  // Of nothing, or of what has no 32 bits, 1: there are no rows to divide then, or too many.
+  explicit Divisor(int64_t number)
+      : divisor(number > 0 && number <= INT32_MAX ? static_cast<uint32_t>(number) : 1) {
+    const uint32_t d = divisor;
     while (shift < 31 && (1u << shift) < d) ++shift;
     magic = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
   }

@@ -28,8 +28,8 @@ Problem make_problem(const Numbers& sizes, const Numbers& levels) {
                        static_cast<int32_t>(p.points), static_cast<int32_t>(level[3])};
     p.points += level[3];
   }
-  p.by_heads = Divisor(static_cast<uint32_t>(p.heads));
-  p.by_queries = Divisor(static_cast<uint32_t>(p.queries));
+  p.by_heads = Divisor(p.heads);
+  p.by_queries = Divisor(p.queries);
   return p;
 }
 
