@@ -135,6 +135,8 @@ void define(pybind11::module_& m, const std::string& dtypes) {
 }  // namespace
 
 PYBIND11_MODULE(emulated_kernels, m) {
+  m.def("quotient",
+        [](uint32_t number, int64_t divisor) { return Divisor(divisor).quotient(number); });
   define<float, float>(m, "fp32");
 #if !defined(VITADAPTER_ONLY_FP32)
   define<double, double>(m, "fp64");

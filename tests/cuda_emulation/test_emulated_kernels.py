@@ -235,6 +235,17 @@ def test_the_deterministic_gradient_scales(kernels, size):
     torch.testing.assert_close(scaled / size, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_rows_are_divided_exactly(kernels):
+    divisors = [1, 2, 3, 5, 7, 8, 12, 300, 641, 22223, 2**16, 2**16 + 1, 2**30 + 1, 2**31 - 1]
+    for divisor in divisors:
+        numbers = {0, 1, 2**31 - 1}
+        for multiple in (1, 2, 3, 1000, (2**31 - 1) // divisor):
+            numbers |= {multiple * divisor + delta for delta in (-1, 0, 1)}
+        for number in numbers:
+            if 0 <= number < 2**31:
+                assert kernels.quotient(number, divisor) == number // divisor
+
+
 def test_gradients_that_are_not_needed_are_not_written(kernels):
     case = cases.SMALL[3]
     inputs = case.inputs().to(torch.float32)

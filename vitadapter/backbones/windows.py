@@ -5,13 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# Entries of the attention matrix that `_attend_explicitly` forms at once: 4 MiB, which caches hold.
-_ENTRIES = 2**21
-_ROWS = 64  # their number is a multiple of it, as matrix products like it
 
 
 class SelfAttention(nn.Module):
@@ -43,41 +38,11 @@ def attend(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
     """
     batch, tokens, width = qkv.shape
     q, k, v = qkv.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    if bias is None and _explicit_is_faster(q):
-        out = _attend_explicitly(q, k, v)
-    elif bias is None:
+    if bias is None:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return out.transpose(1, 2).reshape(batch, tokens, width // 3)
-
-
-def _explicit_is_faster(q: Tensor) -> bool:
-    """Whether torch's fused attention gains nothing from bf16 here.
-
-    On processors with bf16 dot products but without AMX it takes as long as in fp32 (10.6 ms for 6
-    heads and 1024 tokens on two cores); two products and a softmax take 6.7 ms.
-    """
-    return (
-        q.dtype == torch.bfloat16
-        and q.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-    )
-
-
-def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, some rows at a time; logits are rounded to the dtype of q.
-
-    So the published models compute it under autocast.
-    """
-    batch, heads, tokens, width = q.shape
-    step = max(_ENTRIES // (batch * heads * tokens) // _ROWS, 1) * _ROWS
-    k, v = k.contiguous().transpose(-2, -1), v.contiguous()
-    parts = (q * width**-0.5).split(step, dim=-2)
-    return torch.cat([(rows @ k).softmax(-1) @ v for rows in parts], dim=-2)
 
 
 def in_windows(
