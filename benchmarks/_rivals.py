@@ -118,6 +118,38 @@ def _mmcv(inputs: cases.Inputs) -> Call:
     return lambda value, *points: apply(value, shapes, starts, *points, step)
 
 
+# Two projects have this module name; each knows itself by its function.
+_MSDA_TRITON = "msda_triton"
+
+
+def _why_no_msda_triton(function: str) -> Callable[[], str | None]:
+    def reason() -> str | None:
+        if not hasattr(importlib.import_module(_MSDA_TRITON), function):
+            return f"the {_MSDA_TRITON} that is installed is another project's"
+        return _why_no_gpu()
+
+    return reason
+
+
+def _roulbac_msda_triton(inputs: cases.Inputs) -> Call:
+    function = importlib.import_module(_MSDA_TRITON).multi_scale_deformable_attention
+    levels = _levels(inputs)
+
+    def call(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        # It takes one dtype for all.
+        return function(value, *levels, locations.to(value.dtype), weights.to(value.dtype))
+
+    return call
+
+
+def _rziga_msda_triton(inputs: cases.Inputs) -> Call:
+    # Not its public function, which answers every failure by running grid_sample.
+    frontend = importlib.import_module(f"{_MSDA_TRITON}.frontend")
+    function = frontend.triton_multiscale_deformable_attention
+    shapes, _ = _levels(inputs)
+    return lambda value, *points: function(value, shapes, *points, "zeros", False).flatten(2)
+
+
 OURS = Implementation("vitadapter_ops", _ours, "vitadapter_ops")
 COMPILED = Implementation("grid_sample-compiled", _compiled, "torch")
 # Our own kernels for machines without nvcc, beside those that `auto` takes.
@@ -142,6 +174,20 @@ RIVALS = (
         dtypes=(torch.float16, torch.bfloat16),
     ),
     Implementation("onedl-mmcv", _mmcv, "mmcv.ops.multi_scale_deform_attn"),
+    Implementation(
+        "roulbac-msda-triton",
+        _roulbac_msda_triton,
+        _MSDA_TRITON,
+        _why_no_msda_triton("multi_scale_deformable_attention"),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    ),
+    Implementation(
+        "rziga-msda-triton",
+        _rziga_msda_triton,
+        _MSDA_TRITON,
+        _why_no_msda_triton("multiscale_deformable_attention"),
+        dtypes=(torch.float64, torch.float32, torch.float16),
+    ),
 )
 
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ import _targets
 import cases
 import gate
 import op
+import oracles
 from _bandwidth import Level, Machine, NotMeasured
 from _memory import Peak
 from _timing import Timing
@@ -388,6 +390,42 @@ def test_every_rival_that_is_installed_agrees_with_ours():
     for each in _rivals.RIVALS:
         if each.missing() is None and each is not _rivals.COMPILED:
             torch.testing.assert_close(each.bind(inputs)(*inputs.tensors), expected)
+
+
+@pytest.fixture(params=["roulbac", "rziga"])
+def msda_triton(request, monkeypatch):
+    """A stand-in for either of the two projects of this name, with its calling convention."""
+
+    def sample(value, shapes, locations, weights):
+        assert value.dtype == locations.dtype == weights.dtype
+        return oracles.grid_sample(value, [tuple(s) for s in shapes.tolist()], locations, weights)
+
+    def roulbac(value, shapes, starts, locations, weights):
+        assert starts.tolist() == cases.first_pixels(shapes.tolist(), None)
+        return sample(value, shapes, locations, weights)
+
+    def rziga(value, shapes, locations, weights, padding_mode, align_corners):
+        assert (padding_mode, align_corners) == ("zeros", False)
+        return sample(value, shapes, locations, weights).unflatten(2, value.shape[2:])
+
+    module, frontend = ModuleType("msda_triton"), ModuleType("msda_triton.frontend")
+    if request.param == "roulbac":
+        module.multi_scale_deformable_attention = roulbac
+    else:
+        module.multiscale_deformable_attention = None  # runs grid_sample: not to be called
+        frontend.triton_multiscale_deformable_attention = rziga
+        monkeypatch.setitem(sys.modules, "msda_triton.frontend", frontend)
+    monkeypatch.setitem(sys.modules, "msda_triton", module)
+    return request.param
+
+
+def test_triton_rivals_are_called_as_they_want_it(msda_triton):
+    inputs = cases.SMALL[3].inputs().to(torch.float32)
+    rivals = {each.name: each for each in _rivals.RIVALS}
+    got = rivals[f"{msda_triton}-msda-triton"].bind(inputs)(*inputs.tensors)
+    torch.testing.assert_close(got, _rivals.OURS.bind(inputs)(*inputs.tensors))
+    other = {"roulbac": "rziga", "rziga": "roulbac"}[msda_triton]
+    assert "another project's" in rivals[f"{other}-msda-triton"].missing()
 
 
 def test_a_rival_that_fails_or_errs_is_a_remark_and_not_a_crash(tiny, capsys, monkeypatch):
