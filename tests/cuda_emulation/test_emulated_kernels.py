@@ -373,6 +373,8 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
         "        t.check(kernels, case, 'fp32')\n"
         "    for case in cases.OFFSETS[:8]:\n"
         "        t.check_offsets(kernels, case, 'fp32')\n"
+        # Several rows for each warp.
+        "        t.check_offsets(kernels, t.replace(case, channels=16), 'fp32')\n"
         "except (AssertionError, RuntimeError) as error:\n"
         "    print('caught:', error)\n"
     )
