@@ -113,16 +113,12 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
   acc* numbers =
       reinterpret_cast<acc*>(memory + stage::kWarpBytes) + lane / group::kLanes * n.points;
   const bool need_dots = p.grads.any();
-  const index_t rows = static_cast<index_t>(n.rows());
+  const int64_t rows = n.rows();
   const index_t step = static_cast<index_t>(p.stride.s);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
   for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
        r0 += stride) {
-    const int64_t r = r0 + lane / group::kLanes;
-    const bool exists = r < rows;
-    const RowIndex index(n, static_cast<index_t>(exists ? r : 0));
-    const int points = exists ? static_cast<int>(n.points) : 0;
-    const bool* mask = p.mask == nullptr ? nullptr : p.mask + index.b * n.pixels;
+    const auto [r, exists, index, points, mask] = GroupRow<group>(n, p.mask, r0, lane);
     const Row<Points, group> row(n, p.points, index, points, lane);
     RowGradients<Points, group> gradients(n, p.points, p.grads, index, points, lane, numbers);
     const int c = lane % group::kLanes * group::kVec;

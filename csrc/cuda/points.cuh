@@ -29,6 +29,24 @@ struct RowIndex {
   }
 };
 
+// What a group works on: the row after a warp's first one that is its own. Where there is none, the
+// group takes part in what the warp does together, for a row without points.
+template <typename Group>
+struct GroupRow {
+  int64_t row;
+  bool exists;
+  RowIndex index;
+  int points;
+  const bool* mask;  // of the row's image, or null
+
+  __device__ __forceinline__ GroupRow(const Problem& n, const bool* masks, int64_t first, int lane)
+      : row(first + lane / Group::kLanes),
+        exists(row < n.rows()),
+        index(n, static_cast<typename Group::index_t>(exists ? row : 0)),
+        points(exists ? static_cast<int>(n.points) : 0),
+        mask(masks == nullptr ? nullptr : masks + index.b * n.pixels) {}
+};
+
 // The k-th pair of numbers. Only the general kernel takes addresses that no pair may have.
 template <typename Group, typename point_t, typename acc>
 __device__ __forceinline__ void load_pair(const point_t* from, int k, acc& x, acc& y) {

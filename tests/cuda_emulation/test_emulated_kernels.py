@@ -298,8 +298,8 @@ MUTATIONS = {
     ),
     "a lane that leaves early": (
         "cuda/backward.cuh",
-        "const bool exists = r < rows;",
-        "const bool exists = r < rows;\n    if (lane == 31) return;",
+        "= GroupRow<group>(n, p.mask, r0, lane);",
+        "= GroupRow<group>(n, p.mask, r0, lane);\n    if (lane == 31) return;",
     ),
     "dot products in the place of weights that are still read": (
         "cuda/backward.cuh",
@@ -337,9 +337,9 @@ MUTATIONS = {
         "if (points_ > 0 && i < p_.width)",
     ),
     "a mask of another image": (
-        "cuda/backward.cuh",
-        "p.mask == nullptr ? nullptr : p.mask + index.b * n.pixels;",
-        "p.mask;",
+        "cuda/points.cuh",
+        "mask(masks == nullptr ? nullptr : masks + index.b * n.pixels)",
+        "mask(masks)",
     ),
     "one row's memory for all": (
         "cuda/backward.cuh",
