@@ -162,7 +162,9 @@ struct BackwardParams {
   const bool* mask;  // [B, S] or null
   Points points;
   // outputs
-  grad_t* grad_value;  // [B, S, M, D], or null; CPU: written; CUDA: zeroed by the caller, added to
+  // [B, S, M, D], or null; CPU and deterministic CUDA: written; CUDA: zeroed by the caller, added
+  // to
+  grad_t* grad_value;
   typename GradientsOf<Points>::type grads;
 };
 

@@ -287,23 +287,23 @@ struct ValueGradient {
   ScalarType dtype;
   Tensor tensor;
 
-  ValueGradient(const Tensor& value, bool needed, bool work)
-      : dtype(value.scalar_type()), tensor(make(value, needed, work)) {}
+  // added_to: the kernels add to what is there, so that it has to be zero.
+  ValueGradient(const Tensor& value, bool needed, bool work, bool added_to)
+      : dtype(value.scalar_type()), tensor(make(value, needed, added_to || !work)) {}
 
   Tensor finished() const {
     return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
   }
 
  private:
-  static Tensor make(const Tensor& value, bool needed, bool work) {
+  static Tensor make(const Tensor& value, bool needed, bool zeros) {
     const int32_t dtype = Device::kAddsToGradient && value.scalar_type() != ScalarType::Double
                               ? aoti_torch_dtype_float32()
                               : dtype_code(value);
     std::vector<int64_t> sizes{0};
     if (needed) sizes.assign(value.sizes().begin(), value.sizes().end());
-    const bool zeros = needed && (Device::kAddsToGradient || !work);
-    return allocate(zeros ? aoti_torch_aten_new_zeros : aoti_torch_aten_new_empty, value, sizes,
-                    dtype);
+    return allocate(needed && zeros ? aoti_torch_aten_new_zeros : aoti_torch_aten_new_empty, value,
+                    sizes, dtype);
   }
 };
 
@@ -360,7 +360,8 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
   const Tensor weights = as_contiguous(weights_in);
   const bool work =
       problem.rows() * problem.points > 0 && (need_value || need_locations || need_weights);
-  ValueGradient<Device> grad_value(value, need_value, work);
+  ValueGradient<Device> grad_value(value, need_value, work,
+                                   Device::kAddsToGradient && !deterministic);
   Tensor grad_locations = gradient_like(locations, need_locations);
   Tensor grad_weights = gradient_like(weights, need_weights);
   if (work) {
@@ -438,7 +439,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
   const OffsetsTensors points(reference_in, offsets_in, logits_in, mask_in, scale_in);
   const bool work = problem.rows() * problem.points > 0 &&
                     (need_value || need_reference || need_offsets || need_logits);
-  ValueGradient<Device> grad_value(value, need_value, work);
+  ValueGradient<Device> grad_value(value, need_value, work,
+                                   Device::kAddsToGradient && !deterministic);
   Tensor grad_offsets = gradient_like(points.offsets, need_offsets);
   Tensor grad_logits = gradient_like(points.logits, need_logits);
   if (!work) {

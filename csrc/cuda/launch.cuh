@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernel serves a problem, and how much memory its blocks get. No torch header.
+// Which kernel serves a problem. No torch header.
 #pragma once
 
 #include <type_traits>

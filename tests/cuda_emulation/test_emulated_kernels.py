@@ -70,6 +70,11 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def grad_value_memory(value, dtype, fixed):
+    """Zeros, which the kernels add to; or anything, which the deterministic ones write over."""
+    return torch.full(value.shape, float("nan") if fixed else 0.0, dtype=dtype)
+
+
 def fixed_sums(grad_value):
     """The integer sums of fixed_point.cuh, and what scales them."""
     return [torch.zeros(grad_value.shape, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)]
@@ -92,7 +97,7 @@ def emulate(
     getattr(kernels, f"forward_{dtypes}")(*shape, where, rest, general)
     compute = torch.float64 if value.dtype == torch.float64 else torch.float32
     grads = [
-        torch.zeros(batch, pixels, heads, channels, dtype=compute),
+        grad_value_memory(value, compute, fixed),
         torch.full_like(locations, nan),
         torch.full_like(weights, nan),
     ]
@@ -123,7 +128,7 @@ def emulate_offsets(kernels, dtypes, inputs, cotangents, general=False, fixed=Fa
     rest = [address(value), address(mask), address(out), address(weights)]
     getattr(kernels, f"offsets_forward_{dtypes}")(*shape, where, rest, general)
     compute = reference.dtype
-    grad_value = torch.zeros(batch, pixels, heads, channels, dtype=compute)
+    grad_value = grad_value_memory(value, compute, fixed)
     by_head = torch.full((batch, queries, heads, *reference.shape[2:]), nan, dtype=compute)
     grad_offsets, grad_logits = torch.full_like(offsets, nan), torch.full_like(logits, nan)
     grads = [address(t) for t in (grad_offsets, grad_logits, by_head, cotangents[1])]
