@@ -356,24 +356,18 @@ def vit_adapter(size: str, image: int) -> tuple[Case, Case]:
     )
 
 
-def deformable_detr() -> tuple[Case, Case]:
-    """Encoder and decoder of Deformable DETR for an 800x1066 image; the decoder with two images."""
-    levels = ((100, 134), (50, 67), (25, 34), (13, 17))
+def detr(name: str, levels: Grids, batch: int) -> tuple[Case, Case]:
+    """Encoder and decoder of a Deformable DETR; the decoder with twice the encoder's images."""
     pixels = sum(h * w for h, w in levels)
     return (
-        Case("encoder-detr", levels, 1, pixels, 8, 32, spread=0.05, grids=levels),
-        Case("decoder-detr", levels, 2, 300, 8, 32, spread=0.05),
+        Case(f"encoder-{name}", levels, batch, pixels, 8, 32, spread=0.05, grids=levels),
+        Case(f"decoder-{name}", levels, 2 * batch, 300, 8, 32, spread=0.05),
     )
 
 
-def detr_800x1333() -> tuple[Case, Case]:
-    """Encoder with two images, and decoder with four, of a DETR for images of 800x1333."""
-    levels = ((100, 167), (50, 84), (25, 42), (13, 21))
-    pixels = sum(h * w for h, w in levels)
-    return (
-        Case("encoder-800x1333", levels, 2, pixels, 8, 32, spread=0.05, grids=levels),
-        Case("decoder-800x1333", levels, 4, 300, 8, 32, spread=0.05),
-    )
+# Levels of images of 800x1066 and 800x1333.
+DETR_1066 = ((100, 134), (50, 67), (25, 34), (13, 17))
+DETR_1333 = ((100, 167), (50, 84), (25, 42), (13, 21))
 
 
 def dinov3_adapter(size: str) -> Case:
@@ -431,11 +425,11 @@ ALL = SMALL + MODEL
 BENCH = (
     *MODEL,
     *(case for size in "SBL" for case in vit_adapter(size, 1024)),
-    *deformable_detr(),
+    *detr("detr", DETR_1066, 1),
 )
 # ... and on a GPU, the most telling first.
 GPU_BENCH = (
-    *detr_800x1333(),
+    *detr("800x1333", DETR_1333, 2),
     *(replace(case, name=f"{case.name}-x2", batch=2) for case in vit_adapter("B", 512)),
     dinov3_adapter("L"),
     dinov3_adapter("S"),
