@@ -243,7 +243,7 @@ _TWICE = "rounded twice: 43.747, 43.75, 43.8"
 # At least 0.42 M would have to be missing. Not from what the BEiT rows share: the 571 of table 9
 # leaves 0.24 M. UPerNet has no such part beside its 451 for 512 pixels, which leaves 0.55 M.
 _CROP = (
-    "451 are the bias tables of any crop from 416 to 576; nothing else gives it and the other rows"
+    "451 are the bias tables of any crop from 416 to 576; no single other part has the missing size"
 )
 _M2F = "no configuration was published; counted with the head of the BEiT models"
 _SLIDE = "limitations"
