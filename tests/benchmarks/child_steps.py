@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from _memory import is_out_of_memory, limited
+
 MIB = 2**20
 
 
@@ -18,6 +20,23 @@ def allocate(mib: int) -> None:
 def prepare_allocation(mib: int) -> Callable[[], None]:
     allocate(64)  # freed before the step: must not count
     return lambda: allocate(mib)
+
+
+def prepare_limit(headroom_mib: int, mib: int) -> Callable[[], None]:
+    """A step that may not allocate `mib` inside the block, and may after it."""
+
+    def step() -> None:
+        try:
+            with limited(headroom_mib * MIB):
+                allocate(mib)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            raise AssertionError(f"{mib} MiB were to be had with {headroom_mib} MiB of headroom")
+        allocate(mib)
+
+    return step
 
 
 def prepare_gpu_allocation(mib: int) -> Callable[[], None]:
