@@ -26,28 +26,8 @@ struct Level {
 // it costs no global load. Published models use at most 5 levels.
 constexpr int kMaxLevels = 64;
 
-// Division of a number below 2^31 by one that is known beforehand, without dividing
-// (Granlund and Montgomery 1994): the high half of a product, an addition and a shift.
-struct Divisor {
-  uint32_t divisor = 1, magic = 1, shift = 0;
-
-  Divisor() = default;
-  // Of nothing, or of what has no 32 bits, 1: there are no rows to divide then, or too many.
-  explicit Divisor(int64_t number)
-      : divisor(number > 0 && number <= INT32_MAX ? static_cast<uint32_t>(number) : 1) {
-    const uint32_t d = divisor;
-    while (shift < 31 && (1u << shift) < d) ++shift;
-    magic = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
-  }
-  VITADAPTER_HD uint32_t quotient(uint32_t n) const {
-    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(n) * magic >> 32);
-    return (high + n) >> shift;
-  }
-};
-
 struct Problem {
   int64_t batch, pixels, queries, heads, channels, points;
-  Divisor by_heads, by_queries;  // for fewer than 2^31 rows
   int levels;
   Level level[kMaxLevels];
 

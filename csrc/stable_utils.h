@@ -54,8 +54,6 @@ inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spa
                        static_cast<int32_t>(p.points), static_cast<int32_t>(points[l])};
     p.points += points[l];
   }
-  p.by_heads = Divisor(p.heads);
-  p.by_queries = Divisor(p.queries);
   return p;
 }
 

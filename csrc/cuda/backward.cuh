@@ -15,6 +15,7 @@ constexpr int kBackwardBlocks = sizeof(value_t) == 8 ? 1 : 2;
 
 template <typename value_t, typename Points>
 struct BackwardArguments : BackwardParams<value_t, Points, acc_t<value_t>> {
+  RowOrder order;
   FixedPoint fixed;  // where the gradient of value is summed instead, if it has a place
 };
 
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
   for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
        r0 += stride) {
-    const auto [r, exists, index, points, mask] = GroupRow<group>(n, p.mask, r0, lane);
+    const auto [exists, index, points, mask] = GroupRow<group>(n, p.order, p.mask, r0, lane);
     const Row<Points, group> row(n, p.points, index, points, lane);
     RowGradients<Points, group> gradients(n, p.points, p.grads, index, points, lane, numbers);
     const int c = lane % group::kLanes * group::kVec;

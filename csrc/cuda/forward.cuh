@@ -38,6 +38,11 @@ __device__ __forceinline__ void add_samples(const sample* samples, const value_t
   }
 }
 
+template <typename value_t, typename Points>
+struct ForwardArguments : ForwardParams<value_t, Points> {
+  RowOrder order;
+};
+
 // out[b,q,m,:] = sum_k w[b,q,m,k] * bilinear(value_l[b,:,m,:], at point k of level l)
 // (Zhu et al. 2021, eq. 2; the convention is in bilinear.h, where points come from in points.cuh)
 //
@@ -45,7 +50,7 @@ __device__ __forceinline__ void add_samples(const sample* samples, const value_t
 // block's memory; then each sums its channels over the points. Every output is written once.
 template <typename value_t, typename Points, int CHANNELS>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
-    ms_deform_attn_forward_kernel(const __grid_constant__ ForwardParams<value_t, Points> p) {
+    ms_deform_attn_forward_kernel(const __grid_constant__ ForwardArguments<value_t, Points> p) {
   using acc = acc_t<value_t>;
   using group = Group<value_t, CHANNELS>;
   using stage = Stage<value_t, CHANNELS>;
@@ -59,7 +64,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
   for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
        r0 += stride) {
-    const auto [r, exists, index, points, mask] = GroupRow<group>(n, p.mask, r0, lane);
+    const auto [exists, index, points, mask] = GroupRow<group>(n, p.order, p.mask, r0, lane);
     const Row<Points, group> row(n, p.points, index, points, lane);
     for (int64_t c0 = 0; c0 < n.channels; c0 += group::kLanes * group::kVec) {
       const int64_t c = c0 + lane % group::kLanes * group::kVec;
@@ -73,7 +78,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
 #pragma unroll
           for (int j = 0; j < stage::kEach; ++j) {
             const int k = stage::point(first, j, lane);
-            if (k < points) from_acc(placed[j].attention, p.weights[r * n.points + k]);
+            if (k < points) from_acc(placed[j].attention, p.weights[index.row * n.points + k]);
           }
         }
         __syncwarp();
@@ -88,7 +93,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
         typename group::pack result;
 #pragma unroll
         for (int e = 0; e < group::kVec; ++e) from_acc(sum[e], result.v[e]);
-        *reinterpret_cast<typename group::pack*>(p.out + r * n.channels + c) = result;
+        *reinterpret_cast<typename group::pack*>(p.out + index.row * n.channels + c) = result;
       }
       if constexpr (!group::kGeneral) break;
     }

@@ -4,48 +4,12 @@
 #pragma once
 
 #include "../bilinear.h"
-#include "warp.cuh"
+#include "rows.cuh"
 
 namespace vitadapter::cuda {
 
 __device__ __forceinline__ float exponential(float v) { return expf(v); }
 __device__ __forceinline__ double exponential(double v) { return exp(v); }
-
-// Which row a group works on.
-struct RowIndex {
-  int64_t row, b, q, m;
-
-  __device__ __forceinline__ RowIndex(const Problem& n, int64_t index)
-      : row(index),
-        b(index / (n.heads * n.queries)),
-        q(index / n.heads % n.queries),
-        m(index % n.heads) {}
-  // 32 bits, without a division.
-  __device__ __forceinline__ RowIndex(const Problem& n, uint32_t index) : row(index) {
-    const uint32_t query = n.by_heads.quotient(index), image = n.by_queries.quotient(query);
-    b = image;
-    q = query - image * n.by_queries.divisor;
-    m = index - query * n.by_heads.divisor;
-  }
-};
-
-// What a group works on: the row after a warp's first one that is its own. Where there is none, the
-// group takes part in what the warp does together, for a row without points.
-template <typename Group>
-struct GroupRow {
-  int64_t row;
-  bool exists;
-  RowIndex index;
-  int points;
-  const bool* mask;  // of the row's image, or null
-
-  __device__ __forceinline__ GroupRow(const Problem& n, const bool* masks, int64_t first, int lane)
-      : row(first + lane / Group::kLanes),
-        exists(row < n.rows()),
-        index(n, static_cast<typename Group::index_t>(exists ? row : 0)),
-        points(exists ? static_cast<int>(n.points) : 0),
-        mask(masks == nullptr ? nullptr : masks + index.b * n.pixels) {}
-};
 
 // The k-th pair of numbers. Only the general kernel takes addresses that no pair may have.
 template <typename Group, typename point_t, typename acc>

@@ -28,8 +28,6 @@ Problem make_problem(const Numbers& sizes, const Numbers& levels) {
                        static_cast<int32_t>(p.points), static_cast<int32_t>(level[3])};
     p.points += level[3];
   }
-  p.by_heads = Divisor(p.heads);
-  p.by_queries = Divisor(p.queries);
   return p;
 }
 
@@ -75,8 +73,9 @@ constexpr unsigned kBlocks = 3, kThreads = 64;
 template <typename value_t, typename Points>
 void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
              const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
-  ForwardParams<value_t, Points> p{};
+  cuda::ForwardArguments<value_t, Points> p{};
   p.problem = make_problem(sizes, levels);
+  p.order = cuda::RowOrder(p.problem);
   p.value = at<value_t>(rest[0]);
   p.stride = {strides[0], strides[1], strides[2]};
   p.mask = at<bool>(rest[1]);
@@ -97,6 +96,7 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
   using point_t = typename Points::point_t;
   cuda::BackwardArguments<value_t, Points> p{};
   p.problem = make_problem(sizes, levels);
+  p.order = cuda::RowOrder(p.problem);
   p.value = at<value_t>(rest[0]);
   p.stride = {strides[0], strides[1], strides[2]};
   p.mask = at<bool>(rest[1]);
@@ -136,7 +136,13 @@ void define(pybind11::module_& m, const std::string& dtypes) {
 
 PYBIND11_MODULE(emulated_kernels, m) {
   m.def("quotient",
-        [](uint32_t number, int64_t divisor) { return Divisor(divisor).quotient(number); });
+        [](uint32_t number, int64_t divisor) { return cuda::Divisor(divisor).quotient(number); });
+  // (b, q, m) of the row at a place in the order in which rows are taken, and its number in memory.
+  m.def("row_at", [](const Numbers& sizes, const Numbers& levels, uint32_t place) {
+    const Problem n = make_problem(sizes, levels);
+    const cuda::RowIndex index(n, cuda::RowOrder(n), place);
+    return Numbers{index.b, index.q, index.m, index.row};
+  });
   define<float, float>(m, "fp32");
 #if !defined(VITADAPTER_ONLY_FP32)
   define<double, double>(m, "fp64");

@@ -21,10 +21,16 @@ import cases
 import gate
 from vitadapter_ops import _extension
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import locality
+
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX", "c++")
 CASES = cases.SMALL
 SPECIALISED = [12, 16, 24, 32, 40, 64, 128]
+# Queries are the pixels, more of them than a run has (rows.cuh), and a band is lower than others.
+ENCODER = cases.Case("encoder", ((9, 8), (4, 5)), queries=92, heads=2, channels=32)
 
 
 def build(folder, source, vectors=True, only_fp32=False):
@@ -170,6 +176,11 @@ def test_specialised_kernels_equal_the_reference(kernels, scalar_kernels, channe
     check(scalar_kernels, case, dtypes)
 
 
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+def test_queries_that_are_pixels(kernels, dtypes):
+    check(kernels, ENCODER, dtypes)
+
+
 @KERNELS
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("case", cases.OFFSETS, ids=str)
@@ -251,6 +262,88 @@ def test_rows_are_divided_exactly(kernels):
                 assert kernels.quotient(number, divisor) == number // divisor
 
 
+def row_at(kernels, shapes, queries, place, batch=2, heads=3):
+    """(b, q, m) of the row at a place in the order in which rows are taken."""
+    levels = [number for height, width in shapes for number in (height, width, 0, 4)]
+    pixels = sum(height * width for height, width in shapes)
+    b, q, m, number = kernels.row_at([batch, pixels, queries, heads, 32], levels, place)
+    assert number == (b * queries + q) * heads + m
+    return b, q, m
+
+
+def rows_in_order(kernels, shapes, queries):
+    return [row_at(kernels, shapes, queries, place) for place in range(2 * queries * 3)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "queries"),
+    [
+        (((1, 1),), 1),
+        (((1, 100),), 100),
+        (((100, 1),), 100),
+        (((8, 8),), 64),
+        (((8, 8),), 63),
+        (((17, 13), (9, 7), (5, 0), (4, 3)), 296),
+        (((18, 14), (9, 7)), 63),
+        (((2, 3),), 200),
+        (((2, 2),) * 9, 36),
+        (((6, 10),), 315),
+        (((5, 7),), 181),
+    ],
+    ids=str,
+)
+def test_every_row_is_taken_once(kernels, shapes, queries):
+    rows = rows_in_order(kernels, shapes, queries)
+    assert sorted(rows) == [(b, q, m) for b in range(2) for q in range(queries) for m in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "grids"),
+    [
+        (((48, 32), (24, 16)), ((48, 32), (24, 16))),
+        (((48, 32), (24, 16)), ((24, 16),)),
+        (((32, 16),), ((64, 32), (32, 16), (16, 8))),
+    ],
+    ids=["encoder", "injector", "extractor"],
+)
+def test_a_run_is_a_square_of_one_head(kernels, shapes, grids):
+    pixels = [
+        (g, line, column)
+        for g, (height, width) in enumerate(grids)
+        for line in range(height)
+        for column in range(width)
+    ]
+    rows = rows_in_order(kernels, shapes, len(pixels))
+    for first in range(0, len(rows), 64):
+        run = rows[first : first + 64]
+        assert len({(b, m, pixels[q][0]) for b, q, m in run}) == 1
+        lines, columns = ({pixels[q][i] for _, q, _ in run} for i in (1, 2))
+        for numbers in (lines, columns):
+            assert len(numbers) == 8
+            assert max(numbers) - min(numbers) == 7
+
+
+def test_the_order_is_that_of_the_benchmark_that_counts_with_it(kernels):
+    grids = ((9, 13), (5, 7))
+    rows = locality.runs(locality.banded(grids), heads=3).tolist()
+    assert rows_in_order(kernels, grids, len(rows) // 3)[: len(rows)] == [(0, *row) for row in rows]
+
+
+@pytest.mark.parametrize("shape", [(1, 300_000_000), (300_000_000, 1)])
+def test_the_order_of_many_rows(kernels, shape):
+    queries = 300_000_000
+    assert row_at(kernels, (shape,), queries, 65) == (0, 1, 1)
+    assert row_at(kernels, (shape,), queries, 6 * queries - 1) == (1, queries - 1, 2)
+    assert row_at(kernels, (shape,), queries, 3 * queries + 3 * 64) == (1, 64, 0)
+
+
+def test_without_a_grid_a_run_is_of_neighbours(kernels):
+    rows = rows_in_order(kernels, ((5, 5),), 130)
+    assert rows[:64] == [(0, q, 0) for q in range(64)]
+    assert rows[64:128] == [(0, q, 1) for q in range(64)]
+    assert rows[6 * 64 : 6 * 64 + 6] == [(0, q, m) for m in range(3) for q in (128, 129)]
+
+
 def test_gradients_that_are_not_needed_are_not_written(kernels):
     case = cases.SMALL[3]
     inputs = case.inputs().to(torch.float32)
@@ -303,8 +396,8 @@ MUTATIONS = {
     ),
     "a lane that leaves early": (
         "cuda/backward.cuh",
-        "= GroupRow<group>(n, p.mask, r0, lane);",
-        "= GroupRow<group>(n, p.mask, r0, lane);\n    if (lane == 31) return;",
+        "= GroupRow<group>(n, p.order, p.mask, r0, lane);",
+        "= GroupRow<group>(n, p.order, p.mask, r0, lane);\n    if (lane == 31) return;",
     ),
     "dot products in the place of weights that are still read": (
         "cuda/backward.cuh",
@@ -342,7 +435,7 @@ MUTATIONS = {
         "if (points_ > 0 && i < p_.width)",
     ),
     "a mask of another image": (
-        "cuda/points.cuh",
+        "cuda/rows.cuh",
         "mask(masks == nullptr ? nullptr : masks + index.b * n.pixels)",
         "mask(masks)",
     ),
@@ -352,9 +445,19 @@ MUTATIONS = {
         ";",
     ),
     "a row of another image": (
-        "params.h",
+        "cuda/rows.cuh",
         "return (high + n) >> shift;",
         "return high >> shift;",
+    ),
+    "a last band as high as the others": (
+        "cuda/rows.cuh",
+        "const uint32_t lines = band < bands ? kBand : by_lines.divisor;",
+        "const uint32_t lines = kBand;",
+    ),
+    "a last run as long as the others": (
+        "cuda/rows.cuh",
+        "const uint32_t length = run < order.runs ? kRun : order.by_rest.divisor;",
+        "const uint32_t length = kRun;",
     ),
 }
 
@@ -374,7 +477,7 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
         "import cases, test_emulated_kernels as t\n"
         "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]), only_fp32=True)\n"
         "try:\n"
-        "    for case in (cases.SMALL[3], cases.SMALL[7]):\n"
+        "    for case in (cases.SMALL[3], cases.SMALL[7], t.ENCODER):\n"
         "        t.check(kernels, case, 'fp32')\n"
         "    for case in cases.OFFSETS[:8]:\n"
         "        t.check_offsets(kernels, case, 'fp32')\n"
@@ -387,6 +490,7 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True
     )
-    # What is read before it is written is NaN, and as a pixel it leads out of the process's memory.
-    assert done.returncode in (0, -signal.SIGSEGV), done.stderr
+    # What is read before it is written is NaN, and as a pixel it leads out of the process's memory,
+    # as do rows that do not exist.
+    assert done.returncode in (0, -signal.SIGSEGV, -signal.SIGABRT), done.stderr
     assert done.returncode != 0 or done.stdout.startswith("caught:"), done.stdout
