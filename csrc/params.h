@@ -49,6 +49,7 @@ struct ValueStrides {
 template <typename point_type>
 struct Located {
   using point_t = point_type;
+  static constexpr bool kMasked = false;  // no pixels that read as zero
   const point_t* locations;  // [B, Q, M, K, 2], (x, y) as fractions of the level
   const point_t* weights;    // [B, Q, M, K]
 };
@@ -69,6 +70,7 @@ template <typename point_type>
 struct Offsets {
   using point_t = point_type;
   using acc = acc_t<point_type>;
+  static constexpr bool kMasked = true;
   struct Strides {
     int64_t b, q;
   };

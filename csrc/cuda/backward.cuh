@@ -9,14 +9,21 @@ namespace vitadapter::cuda {
 
 constexpr int kBackwardThreads = 256;
 // Two blocks on a multiprocessor: 16 warps, 128 registers for a thread. What a lane keeps of its
-// row and its points while the dot products of others are summed does not fit the 80 of three.
-template <typename value_t>
-constexpr int kBackwardBlocks = sizeof(value_t) == 8 ? 1 : 2;
+// row and its points while the dot products of others are summed does not fit the 80 of three, nor
+// always the 128 with 64-bit numbers.
+template <typename value_t, int CHANNELS>
+constexpr int kBackwardBlocks = sizeof(value_t) == 8 || CHANNELS == 0 ? 1 : 2;
 
 template <typename value_t, typename Points>
 struct BackwardArguments : BackwardParams<value_t, Points, acc_t<value_t>> {
-  RowOrder order;
+  Plan plan;
+  bool need_points;  // gradients of points
   FixedPoint fixed;  // where the gradient of value is summed instead, if it has a place
+
+  explicit BackwardArguments(const BackwardParams<value_t, Points, acc_t<value_t>>& p)
+      : BackwardParams<value_t, Points, acc_t<value_t>>(p),
+        plan(p.problem),
+        need_points(p.grads.any()) {}
 };
 
 template <typename value_t, typename Points, int CHANNELS>
@@ -33,52 +40,23 @@ struct BackwardMemory {
   }
 };
 
-// The products of grad_out with the pixels of a point's corners, over a lane's channels.
-template <typename Group, typename value_t, typename sample, typename acc>
-__device__ __forceinline__ void dot_products(const sample& at, const value_t* plane,
-                                             typename Group::index_t step, const value_t* grad_out,
-                                             const acc g[Group::kVec], int64_t channels, int lane,
-                                             acc s[4]) {
-  if constexpr (Group::kGeneral) {
-    for (int64_t c = lane; c < channels; c += kWarp) {
-      const acc go = to_acc(grad_out[c]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[i] += go * to_acc(*pixel_of<value_t>(plane + c, at.pixel[i], step));
-      }
-    }
-  } else {
-    typename Group::pack v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = *pixel_of<typename Group::pack>(plane, at.pixel[i], step);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int e = 0; e < Group::kVec; ++e) s[i] += g[e] * to_acc(v[i].v[e]);
-    }
-  }
-}
-
 // Adds the shares of a point's corners to the gradient of value: in packs of four channels where
-// memory can, otherwise lane beside lane, so that each instruction adds to whole sectors.
+// memory can, otherwise lane beside lane, so that each instruction adds to whole sectors. `to`
+// starts at the lane's first channel in the former case, at the head's in the latter.
 template <typename Group, typename Sum, typename value_t, typename sample, typename acc>
 __device__ __forceinline__ void add_shares(const sample& at, const Sum& to, const value_t* grad_out,
                                            const acc g[Group::kVec], bool has_channels,
-                                           int64_t channels, int lane) {
+                                           typename Group::index_t channels, int lane) {
   if constexpr (Sum::kVectors && !Group::kGeneral) {
     if (!has_channels) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const acc w = at.weight[i];
-      if (w == acc(0)) continue;
-      acc* pixel = to.pixel(at.pixel[i]) + lane % Group::kLanes * Group::kVec;
+      acc* pixel = to.pixel(at.pixel[i]);
 #pragma unroll
-      for (int e = 0; e < Group::kVec; e += 4) {
-        add_four(pixel + e, w * g[e], w * g[e + 1], w * g[e + 2], w * g[e + 3]);
-      }
+      for (int e = 0; e < Group::kVec; e += 4) add_four(pixel + e, at.weight[i], g + e);
     }
   } else {
-    for (int64_t c = lane % Group::kLanes; c < channels; c += Group::kLanes) {
+    for (typename Group::index_t c = lane % Group::kLanes; c < channels; c += Group::kLanes) {
       const acc go = to_acc(grad_out[c]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -99,12 +77,13 @@ __device__ __forceinline__ void add_shares(const sample& at, const Sum& to, cons
 // grad_value takes floating-point atomics, whose order, and so whose last bits, change from run to
 // run; or integer ones, which add to the same bits in any order (fixed_point.cuh).
 template <typename value_t, typename Points, int CHANNELS>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHANNELS>)
     ms_deform_attn_backward_kernel(const __grid_constant__ BackwardArguments<value_t, Points> p) {
   using acc = acc_t<value_t>;
   using group = Group<value_t, CHANNELS>;
   using stage = Stage<value_t, CHANNELS>;
   using index_t = typename group::index_t;
+  using pack = typename group::pack;
   const Problem& n = p.problem;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -113,50 +92,73 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
   const auto samples = stage::of_row(memory, lane);
   acc* numbers =
       reinterpret_cast<acc*>(memory + stage::kWarpBytes) + lane / group::kLanes * n.points;
-  const bool need_dots = p.grads.any();
+  const bool need_dots = p.need_points;
   const int64_t rows = n.rows();
-  const index_t step = static_cast<index_t>(p.stride.s);
+  const index_t channels = group::channels(n);
+  const index_t step = static_cast<index_t>(p.stride.s) * static_cast<index_t>(sizeof(value_t));
+  const index_t sum_step = static_cast<index_t>(n.heads) * channels;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
   for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
        r0 += stride) {
-    const auto [exists, index, points, mask] = GroupRow<group>(n, p.order, p.mask, r0, lane);
+    const auto [exists, index, points, mask] = GroupRow<group>(n, p.plan, p.mask, r0, lane);
     const Row<Points, group> row(n, p.points, index, points, lane);
     RowGradients<Points, group> gradients(n, p.points, p.grads, index, points, lane, numbers);
-    const int c = lane % group::kLanes * group::kVec;
-    const bool has_channels = c < n.channels;
+    const index_t c = group::kGeneral ? lane : lane % group::kLanes * group::kVec;
+    const bool has_channels = group::kFull || c < channels;
     const value_t* plane =
-        p.value + p.stride.plane(index.b, index.m) + (group::kGeneral || !has_channels ? 0 : c);
-    const value_t* grad_out = p.grad_out + index.row * n.channels;
+        p.value + p.stride.plane(index.b, index.m) + (has_channels ? c : index_t(0));
+    const value_t* grad_out = p.grad_out + product(index.row, channels);
     acc g[group::kVec] = {};
     if constexpr (!group::kGeneral) {
-      if (has_channels) {
-        const auto v = *reinterpret_cast<const typename group::pack*>(grad_out + c);
-#pragma unroll
-        for (int e = 0; e < group::kVec; ++e) g[e] = to_acc(v.v[e]);
-      }
+      if (has_channels) unpack(*reinterpret_cast<const pack*>(grad_out + c), g);
     }
     const int64_t first_pixel = (index.b * n.pixels * n.heads + index.m) * n.channels;
-    const FloatSum<acc, index_t> sum(p.grad_value, first_pixel, n.heads * n.channels);
-    for (int first = 0; first < n.points; first += stage::kPoints) {
+    constexpr bool kPacks = FloatSum<acc, index_t>::kVectors && !group::kGeneral;
+    const FloatSum<acc, index_t> sum(p.grad_value, first_pixel + (kPacks ? c : 0), sum_step);
+    for (int first = 0; first < static_cast<int>(n.points); first += stage::kPoints) {
       Placed<acc> placed[stage::kEach];
-      const int count = stage::place(n, row, mask, first, points, lane, samples, placed);
+      const int count = stage::template place<Points::kMasked>(n, p.plan, row, mask, first, points,
+                                                               lane, samples, placed);
       const int most = group_max<kWarp>(count);
       __syncwarp();
       for (int i = 0; i < most; ++i) {
         acc s[4] = {};
         if (i < count) {
           const auto at = samples[i];
-          if (need_dots) {
-            dot_products<group>(at, plane, step, grad_out, g, n.channels, lane, s);
-          }
-          if constexpr (std::is_same<acc, float>::value) {
-            if (p.fixed.sums != nullptr) {
-              const FixedPointSum<index_t> fixed(p.fixed, first_pixel, n.heads * n.channels);
-              add_shares<group>(at, fixed, grad_out, g, has_channels, n.channels, lane);
+          // The corners are on their way while the shares are added.
+          pack v[4];
+          if (!group::kGeneral && need_dots) {
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+              v[corner] = *pixel_of<pack>(plane, at.pixel[corner], step);
             }
           }
-          if (p.grad_value != nullptr && p.fixed.sums == nullptr) {
-            add_shares<group>(at, sum, grad_out, g, has_channels, n.channels, lane);
+          if constexpr (std::is_same<acc, float>::value) {
+            if (p.fixed.fraction != 0) {
+              const FixedPointSum<index_t> fixed(p.fixed, first_pixel, sum_step);
+              add_shares<group>(at, fixed, grad_out, g, has_channels, channels, lane);
+            }
+          }
+          if (p.grad_value != nullptr && p.fixed.fraction == 0) {
+            add_shares<group>(at, sum, grad_out, g, has_channels, channels, lane);
+          }
+          if constexpr (group::kGeneral) {
+            for (index_t at_channel = c; need_dots && at_channel < channels; at_channel += kWarp) {
+              const acc go = to_acc(grad_out[at_channel]);
+#pragma unroll
+              for (int corner = 0; corner < 4; ++corner) {
+                const value_t* of = plane + (at_channel - c);
+                s[corner] += go * to_acc(*pixel_of<value_t>(of, at.pixel[corner], step));
+              }
+            }
+          } else if (need_dots) {
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+              acc number[group::kVec];
+              unpack(v[corner], number);
+#pragma unroll
+              for (int e = 0; e < group::kVec; ++e) s[corner] += g[e] * number[e];
+            }
           }
         }
         if (need_dots) {

@@ -23,7 +23,7 @@ struct FixedPoint {
   // Bits of the largest |grad_out| and |attention weight| below 2^126, and 1 if a term is no
   // integer.
   uint32_t* most = nullptr;
-  int fraction = 0;  // bits after the point
+  int fraction = 0;  // bits after the point; 0: there are no integer sums
 
   static int fraction_for(int64_t terms) {
     int bits = 62;
@@ -49,8 +49,9 @@ struct FloatSum {
   acc* plane;
   index_t step;
 
-  __device__ __forceinline__ FloatSum(acc* sums, int64_t first, int64_t pixel_step)
-      : plane(sums + first), step(static_cast<index_t>(pixel_step)) {}
+  // `first`: of the plane; `pixel_step`: numbers from one pixel to the next.
+  __device__ __forceinline__ FloatSum(acc* sums, int64_t first, index_t pixel_step)
+      : plane(sums + first), step(pixel_step * static_cast<index_t>(sizeof(acc))) {}
   __device__ __forceinline__ acc* pixel(index_t index) const {
     return const_cast<acc*>(pixel_of<acc>(plane, index, step));
   }
@@ -68,10 +69,10 @@ struct FixedPointSum {
   float weight_scale, grad_scale, one;
 
   __device__ __forceinline__ FixedPointSum(const FixedPoint& where, int64_t first,
-                                           int64_t pixel_step)
+                                           index_t pixel_step)
       : fixed(where),
         plane(where.sums + first),
-        step(static_cast<index_t>(pixel_step)),
+        step(pixel_step * static_cast<index_t>(sizeof(sum_t))),
         weight_scale(power_of_two(-exponent_above(where.most[1]))),
         grad_scale(power_of_two(-exponent_above(where.most[0]))),
         one(power_of_two(where.fraction)) {}

@@ -32,15 +32,20 @@ __device__ __forceinline__ void add_samples(const sample* samples, const value_t
   for (int u = 0; u < COUNT; ++u) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      acc number[Group::kVec];
+      unpack(v[u][i], number);
 #pragma unroll
-      for (int e = 0; e < Group::kVec; ++e) sum[e] += weight[u][i] * to_acc(v[u][i].v[e]);
+      for (int e = 0; e < Group::kVec; ++e) sum[e] += weight[u][i] * number[e];
     }
   }
 }
 
 template <typename value_t, typename Points>
 struct ForwardArguments : ForwardParams<value_t, Points> {
-  RowOrder order;
+  Plan plan;
+
+  explicit ForwardArguments(const ForwardParams<value_t, Points>& p)
+      : ForwardParams<value_t, Points>(p), plan(p.problem) {}
 };
 
 // out[b,q,m,:] = sum_k w[b,q,m,k] * bilinear(value_l[b,:,m,:], at point k of level l)
@@ -60,25 +65,28 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const auto samples = stage::of_row(block_memory() + warp * stage::kWarpBytes, lane);
   const int64_t rows = n.rows();
-  const index_t step = static_cast<index_t>(p.stride.s);
+  const auto channels = group::channels(n);
+  const index_t step = static_cast<index_t>(p.stride.s) * static_cast<index_t>(sizeof(value_t));
   const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
   for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
        r0 += stride) {
-    const auto [exists, index, points, mask] = GroupRow<group>(n, p.order, p.mask, r0, lane);
+    const auto [exists, index, points, mask] = GroupRow<group>(n, p.plan, p.mask, r0, lane);
     const Row<Points, group> row(n, p.points, index, points, lane);
-    for (int64_t c0 = 0; c0 < n.channels; c0 += group::kLanes * group::kVec) {
-      const int64_t c = c0 + lane % group::kLanes * group::kVec;
-      const bool has_channels = exists && c < n.channels;
+    for (index_t c0 = 0; c0 < channels; c0 += group::kLanes * group::kVec) {
+      const index_t c = c0 + lane % group::kLanes * group::kVec;
+      const bool has_channels = group::kFull || c < channels;
       const value_t* plane = p.value + p.stride.plane(index.b, index.m) + c;
       acc sum[group::kVec] = {};
-      for (int first = 0; first < n.points; first += stage::kPoints) {
+      for (int first = 0; first < static_cast<int>(n.points); first += stage::kPoints) {
         Placed<acc> placed[stage::kEach];
-        const int count = stage::place(n, row, mask, first, points, lane, samples, placed);
+        const int count = stage::template place<Points::kMasked>(n, p.plan, row, mask, first,
+                                                                 points, lane, samples, placed);
         if (p.weights != nullptr && c0 == 0) {
+          const auto weights = p.weights + product(index.row, static_cast<index_t>(n.points));
 #pragma unroll
           for (int j = 0; j < stage::kEach; ++j) {
             const int k = stage::point(first, j, lane);
-            if (k < points) from_acc(placed[j].attention, p.weights[index.row * n.points + k]);
+            if (k < points) from_acc(placed[j].attention, weights[k]);
           }
         }
         __syncwarp();
@@ -89,11 +97,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
         }
         __syncwarp();
       }
-      if (has_channels) {
+      if (exists && has_channels) {
         typename group::pack result;
 #pragma unroll
         for (int e = 0; e < group::kVec; ++e) from_acc(sum[e], result.v[e]);
-        *reinterpret_cast<typename group::pack*>(p.out + index.row * n.channels + c) = result;
+        *reinterpret_cast<typename group::pack*>(p.out + product(index.row, channels) + c) = result;
       }
       if constexpr (!group::kGeneral) break;
     }

@@ -48,7 +48,7 @@ struct Cuda {
 
   template <typename value_t, typename Points>
   static void forward(const ForwardParams<value_t, Points>& params) {
-    const ForwardArguments<value_t, Points> p{params, RowOrder(params.problem)};
+    const ForwardArguments<value_t, Points> p(params);
     dispatch(p, p.out, false, [&](auto channels) {
       using stage = Stage<value_t, channels()>;
       const int64_t threads = p.problem.rows() * stage::group::kLanes;
@@ -60,7 +60,7 @@ struct Cuda {
   template <typename value_t, typename Points>
   static void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& params,
                        bool deterministic, const Tensor& value) {
-    BackwardArguments<value_t, Points> p{params, RowOrder(params.problem), {}};
+    BackwardArguments<value_t, Points> p(params);
     const Problem& n = p.problem;
     const bool fixed = deterministic && p.grad_value != nullptr;
     Tensor sums, most;

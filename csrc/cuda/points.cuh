@@ -32,6 +32,12 @@ __device__ __forceinline__ void store_pair(point_t* to, int64_t k, acc x, acc y)
   reinterpret_cast<Pack<point_t, 2>*>(to)[k] = pair;
 }
 
+// A point as it lies in memory: a location and a weight, or an offset and a logit.
+template <typename acc>
+struct Stored {
+  acc x, y, weight;
+};
+
 // The points of one row as a lane of its group reads them. `points` is 0 for a group that has no
 // row: it reads nothing, and takes part in what the warp does together.
 template <typename Points, typename Group>
@@ -40,17 +46,26 @@ struct Row;
 template <typename point_t, typename Group>
 struct Row<Located<point_t>, Group> {
   using acc = acc_t<point_t>;
+  using index_t = typename Group::index_t;
+  using Index = RowIndex<index_t>;
 
-  __device__ __forceinline__ Row(const Problem& n, const Located<point_t>& p, const RowIndex& i,
-                                 int, int)
-      : locations_(p.locations + 2 * i.row * n.points), weights_(p.weights + i.row * n.points) {}
+  __device__ __forceinline__ Row(const Problem& n, const Located<point_t>& p, const Index& i, int,
+                                 int)
+      : locations_(p.locations + product(i.row, static_cast<index_t>(2 * n.points))),
+        weights_(p.weights + product(i.row, static_cast<index_t>(n.points))) {}
 
-  __device__ __forceinline__ void position(const Level& level, int, int k, acc& x, acc& y) const {
-    load_pair<Group>(locations_, k, x, y);
-    x = located(x, static_cast<acc>(level.width));
-    y = located(y, static_cast<acc>(level.height));
+  __device__ __forceinline__ Stored<acc> read(int k) const {
+    Stored<acc> at;
+    load_pair<Group>(locations_, k, at.x, at.y);
+    at.weight = to_acc(weights_[k]);
+    return at;
   }
-  __device__ __forceinline__ acc weight(int k) const { return to_acc(weights_[k]); }
+  // Position in pixels and attention weight.
+  __device__ __forceinline__ Stored<acc> resolve(const Stored<acc>& at, const Level& level, int,
+                                                 int) const {
+    return {located(at.x, static_cast<acc>(level.width)),
+            located(at.y, static_cast<acc>(level.height)), at.weight};
+  }
 
  private:
   const point_t* locations_;
@@ -60,23 +75,38 @@ struct Row<Located<point_t>, Group> {
 template <typename point_t, typename Group>
 struct Row<Offsets<point_t>, Group> {
   using acc = acc_t<point_t>;
+  using Index = RowIndex<typename Group::index_t>;
   static constexpr int kLanes = Group::kLanes;
 
-  __device__ __forceinline__ Row(const Problem& n, const Offsets<point_t>& p, const RowIndex& i,
+  __device__ __forceinline__ Row(const Problem& n, const Offsets<point_t>& p, const Index& i,
                                  int points, int lane)
       : p_(p),
         offsets_(p.offsets + i.b * p.offset.b + i.q * p.offset.q + 2 * i.m * n.points),
         logits_(p.logits + i.b * p.logit.b + i.q * p.logit.q + i.m * n.points),
         box_(p.box(i.b, i.q)) {
+    // The first points' logits stay in registers; mostly there are no others.
     const int first = lane % kLanes;
+    acc logit[Group::kEach];
     most_ = -INFINITY;
-    for (int k = first; k < points; k += kLanes) {
-      const acc logit = to_acc(logits_[k]);
-      most_ = logit > most_ ? logit : most_;
+#pragma unroll
+    for (int j = 0; j < Group::kEach; ++j) {
+      const int k = first + j * kLanes;
+      logit[j] = k < points ? to_acc(logits_[k]) : static_cast<acc>(-INFINITY);
+      most_ = logit[j] > most_ ? logit[j] : most_;
+    }
+    for (int k = first + Group::kPoints; k < points; k += kLanes) {
+      const acc other = to_acc(logits_[k]);
+      most_ = other > most_ ? other : most_;
     }
     most_ = group_max<kLanes>(most_);
     acc sum = 0;
-    for (int k = first; k < points; k += kLanes) sum += exponential(to_acc(logits_[k]) - most_);
+#pragma unroll
+    for (int j = 0; j < Group::kEach; ++j) {
+      if (first + j * kLanes < points) sum += exponential(logit[j] - most_);
+    }
+    for (int k = first + Group::kPoints; k < points; k += kLanes) {
+      sum += exponential(to_acc(logits_[k]) - most_);
+    }
     scale_ = acc(1) / group_sum<kLanes>(sum);
   }
 
@@ -99,16 +129,22 @@ struct Row<Offsets<point_t>, Group> {
   __device__ __forceinline__ void offset(int k, acc& x, acc& y) const {
     load_pair<Group>(offsets_, k, x, y);
   }
-  __device__ __forceinline__ void position(const Level& level, int l, int k, acc& x, acc& y) const {
-    Axis<acc> on_x, on_y;
-    axes(level, l, k, on_x, on_y);
-    offset(k, x, y);
-    x = on_x.base + x * on_x.step;
-    y = on_y.base + y * on_y.step;
+  __device__ __forceinline__ Stored<acc> read(int k) const {
+    Stored<acc> at;
+    offset(k, at.x, at.y);
+    at.weight = to_acc(logits_[k]);
+    return at;
   }
-  __device__ __forceinline__ acc weight(int k) const {
-    return exponential(to_acc(logits_[k]) - most_) * scale_;
+  __device__ __forceinline__ Stored<acc> resolve(const Stored<acc>& at, const Level& level, int l,
+                                                 int k) const {
+    Axis<acc> x, y;
+    axes(level, l, k, x, y);
+    return {x.base + at.x * x.step, y.base + at.y * y.step, attention(at.weight)};
   }
+  __device__ __forceinline__ acc attention(acc logit) const {
+    return exponential(logit - most_) * scale_;
+  }
+  __device__ __forceinline__ acc weight(int k) const { return attention(to_acc(logits_[k])); }
 
  private:
   const Offsets<point_t>& p_;
@@ -135,14 +171,12 @@ struct Placed {
   uint32_t masked;  // bit i: corner i reads as zero
 };
 
-// Points are placed kPoints at a time, by each lane two of its own row.
 template <typename value_t, int CHANNELS>
 struct Stage {
   using group = Group<value_t, CHANNELS>;
   using acc = acc_t<value_t>;
   using sample = Sample<acc, typename group::index_t>;
-  static constexpr int kEach = 2;
-  static constexpr int kPoints = kEach * group::kLanes;
+  static constexpr int kEach = group::kEach, kPoints = group::kPoints;
   // 16 bytes between rows, so that the rows of a warp read different banks.
   static constexpr int kRowBytes = kPoints * sizeof(sample) + 16;
   static constexpr int kWarpBytes = group::kRows * kRowBytes;
@@ -161,58 +195,81 @@ struct Stage {
   // the map, or masked, has weight 0 and the pixel of another corner of the point: all four can be
   // read without a question, and nothing is read that the point does not touch. To be called by the
   // whole warp, and the warp to be synchronised before the Samples are read.
-  template <typename SomeRow>
-  __device__ __forceinline__ static int place(const Problem& n, const SomeRow& row,
-                                              const bool* mask, int first, int points, int lane,
-                                              sample* samples, Placed<acc> placed[kEach]) {
+  template <bool MASKED, typename SomeRow>
+  __device__ __forceinline__ static int place(const Problem& n, const Plan& plan,
+                                              const SomeRow& row, const bool* mask, int first,
+                                              int points, int lane, sample* samples,
+                                              Placed<acc> placed[kEach]) {
+    // All are asked for before the first is used.
+    Stored<acc> stored[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int k = point(first, j, lane);
+      if (k < points) stored[j] = row.read(k);
+    }
     int count = 0, l = 0;
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
+      // The same for all lanes of a warp.
+      placed[j].slot = -1;
+      if (j > 0 && first + j * group::kLanes >= static_cast<int>(n.points)) continue;
       const int k = point(first, j, lane);
       bool on_map = false;
       sample s;
       Placed<acc>& at = placed[j];
       if (k < points) {
-        while (l + 1 < n.levels && k >= n.level[l + 1].first) ++l;
+        l = plan.level_of(n, k, l);
         const Level& level = n.level[l];
-        row.position(level, l, k, at.x, at.y);
-        at.attention = row.weight(k);
+        const Stored<acc> resolved = row.resolve(stored[j], level, l, k);
+        at.x = resolved.x;
+        at.y = resolved.y;
+        at.attention = resolved.weight;
         at.level = l;
         at.masked = 0;
         on_map =
             keep_on_map(at.x, at.y, static_cast<acc>(level.height), static_cast<acc>(level.width));
-        if (on_map) {
-          const auto f = footprint(at.x, at.y, level.height, level.width);
-          int readable = 0;
+        // Of no use where it is not on the map, but then nothing has to be skipped either.
+        const auto f = footprint(at.x, at.y, level.height, level.width);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];
-            s.pixel[i] =
-                static_cast<typename group::index_t>(level.pixel(f.row[i / 2], f.column[i % 2]));
-            if (mask != nullptr && mask[s.pixel[i]])
-              at.masked |= 1u << i;
-            else
-              readable = i;
-          }
-          if (at.masked != 0) {
-            on_map = at.masked != 15u;
-            const auto pixel = readable == 0   ? s.pixel[0]
-                               : readable == 1 ? s.pixel[1]
-                               : readable == 2 ? s.pixel[2]
-                                               : s.pixel[3];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (at.masked >> i & 1u) s.weight[i] = 0, s.pixel[i] = pixel;
-            }
-          }
+        for (int i = 0; i < 4; ++i) {
+          s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];
+          s.pixel[i] = static_cast<index_t>(level.start) +
+                       static_cast<index_t>(f.row[i / 2]) * static_cast<index_t>(level.width) +
+                       static_cast<index_t>(f.column[i % 2]);
+        }
+        if constexpr (MASKED) {
+          if (on_map && mask != nullptr) on_map = leave_out_masked(mask, s, at.masked);
         }
       }
       const uint32_t on = group_ballot<group::kLanes>(on_map, lane);
-      at.slot = on_map ? count + __popc(on & ((1u << lane % group::kLanes) - 1u)) : -1;
-      if (on_map) samples[at.slot] = s;
+      if (on_map) {
+        at.slot = count + __popc(on & ((1u << lane % group::kLanes) - 1u));
+        samples[at.slot] = s;
+      }
       count += __popc(on);
     }
     return count;
+  }
+
+ private:
+  using index_t = typename group::index_t;
+
+  // False where all four corners are masked.
+  __device__ __forceinline__ static bool leave_out_masked(const bool* mask, sample& s,
+                                                          uint32_t& masked) {
+    index_t readable = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (mask[s.pixel[i]])
+        masked |= 1u << i;
+      else
+        readable = s.pixel[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (masked >> i & 1u) s.weight[i] = 0, s.pixel[i] = readable;
+    }
+    return masked != 15u;
   }
 };
 
@@ -224,11 +281,12 @@ struct RowGradients;
 template <typename point_t, typename Group>
 struct RowGradients<Located<point_t>, Group> {
   using acc = acc_t<point_t>;
+  using Index = RowIndex<typename Group::index_t>;
   using row_t = Row<Located<point_t>, Group>;
   static constexpr bool kNeedsMemory = false;
 
   __device__ __forceinline__ RowGradients(const Problem& n, const Located<point_t>&,
-                                          const LocatedGradients<point_t>& grads, const RowIndex& i,
+                                          const LocatedGradients<point_t>& grads, const Index& i,
                                           int, int, acc*)
       : grads_(grads), first_(i.row * n.points) {}
 
@@ -254,12 +312,13 @@ struct RowGradients<Located<point_t>, Group> {
 template <typename point_t, typename Group>
 struct RowGradients<Offsets<point_t>, Group> {
   using acc = acc_t<point_t>;
+  using Index = RowIndex<typename Group::index_t>;
   using row_t = Row<Offsets<point_t>, Group>;
   static constexpr bool kNeedsMemory = true;
   static constexpr int kLanes = Group::kLanes;
 
   __device__ __forceinline__ RowGradients(const Problem& n, const Offsets<point_t>& p,
-                                          const OffsetsGradients<point_t>& grads, const RowIndex& i,
+                                          const OffsetsGradients<point_t>& grads, const Index& i,
                                           int points, int lane, acc* memory)
       : p_(p),
         grads_(grads),
@@ -269,7 +328,7 @@ struct RowGradients<Offsets<point_t>, Group> {
         memory_(memory) {
     const int size = p.reference_levels * p.width;
     if (grads.reference == nullptr) return;
-    reference_ = grads.reference + i.row * size;
+    reference_ = grads.reference + static_cast<int64_t>(i.row) * size;
     for (int j = lane_; points > 0 && j < size; j += kLanes) reference_[j] = 0;
   }
 

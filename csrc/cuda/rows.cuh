@@ -114,28 +114,60 @@ struct RowOrder {
   }
 };
 
+// What the launcher finds out about a problem.
+struct Plan {
+  RowOrder order;
+  int points_shift = -1;  // point k is of level k >> shift; -1: only the level table tells
+
+  Plan() = default;
+  explicit Plan(const Problem& n) : order(n) {
+    const int32_t points = n.levels > 0 ? n.level[0].points : 0;
+    for (int l = 0; l < n.levels; ++l) {
+      if (n.level[l].points != points) return;
+    }
+    for (int shift = 0; shift < 31; ++shift) {
+      if (points == 1 << shift) points_shift = shift;
+    }
+  }
+
+  // The level of a point that lies on level `from` or a later one.
+  __device__ __forceinline__ int level_of(const Problem& n, int point, int from) const {
+    if (points_shift >= 0) return point >> points_shift;
+    while (from + 1 < n.levels && point >= n.level[from + 1].first) ++from;
+    return from;
+  }
+};
+
 // Row (b, q, m), and its number in memory.
-struct RowIndex {
+template <typename index_t>
+struct RowIndex;
+
+// In the order of memory.
+template <>
+struct RowIndex<int64_t> {
   int64_t row, b, q, m;
 
-  // In the order of memory.
   __device__ __forceinline__ RowIndex(const Problem& n, const RowOrder&, int64_t place)
       : row(place),
         b(place / (n.heads * n.queries)),
         q(place / n.heads % n.queries),
         m(place % n.heads) {}
-  // In the order of `order`: 32 bits, without a division.
+};
+
+// In the order of `order`, without a division.
+template <>
+struct RowIndex<uint32_t> {
+  uint32_t row, b, q, m;
+
   __device__ __forceinline__ RowIndex(const Problem& n, const RowOrder& order, uint32_t place) {
-    const uint32_t image = order.by_image.quotient(place);
-    uint32_t rest = place - image * order.by_image.divisor;
+    b = order.by_image.quotient(place);
+    uint32_t rest = place - b * order.by_image.divisor;
     const uint32_t run = order.by_run.quotient(rest);
     rest -= run * order.by_run.divisor;
-    const uint32_t head = run < order.runs ? rest / kRun : order.by_rest.quotient(rest);
+    m = run < order.runs ? rest / kRun : order.by_rest.quotient(rest);
     const uint32_t length = run < order.runs ? kRun : order.by_rest.divisor;
-    b = image;
-    q = order.query(run * kRun + rest - head * length);
-    m = head;
-    row = (b * n.queries + q) * n.heads + m;
+    q = order.query(run * kRun + rest - m * length);
+    row = b * order.by_image.divisor + q * static_cast<uint32_t>(n.heads) + m;
   }
 };
 
@@ -143,16 +175,16 @@ struct RowIndex {
 // group takes part in what the warp does together, for a row without points.
 template <typename Group>
 struct GroupRow {
+  using index_t = typename Group::index_t;
   bool exists;
-  RowIndex index;
+  RowIndex<index_t> index;
   int points;
   const bool* mask;  // of the row's image, or null
 
-  __device__ __forceinline__ GroupRow(const Problem& n, const RowOrder& order, const bool* masks,
+  __device__ __forceinline__ GroupRow(const Problem& n, const Plan& plan, const bool* masks,
                                       int64_t first, int lane)
       : exists(first + lane / Group::kLanes < n.rows()),
-        index(n, order,
-              static_cast<typename Group::index_t>(exists ? first + lane / Group::kLanes : 0)),
+        index(n, plan.order, static_cast<index_t>(exists ? first + lane / Group::kLanes : 0)),
         points(exists ? static_cast<int>(n.points) : 0),
         mask(masks == nullptr ? nullptr : masks + index.b * n.pixels) {}
 };

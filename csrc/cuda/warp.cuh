@@ -49,6 +49,10 @@ struct Group {
   }
   static constexpr int kLanes = kGeneral ? kWarp : lanes_for(kPacks);
   static constexpr int kRows = kWarp / kLanes;
+  static constexpr bool kFull = kPacks == kLanes;  // every lane has channels
+  // Points are placed kPoints at a time, by each lane two of its own row.
+  static constexpr int kEach = 2;
+  static constexpr int kPoints = kEach * kLanes;
   // Channels of a lane that takes every kLanes-th of them.
   static constexpr int kSpread = (CHANNELS + kLanes - 1) / kLanes;
   static_assert(CHANNELS % kVec == 0 && kLanes <= kWarp, "no kernel for this number of channels");
@@ -56,15 +60,51 @@ struct Group {
   // 32 bits hold every row and pixel, which the launcher checks; addresses have 64 bits anyway.
   using index_t = std::conditional_t<kGeneral, int64_t, uint32_t>;
   using pack = Pack<value_t, kVec>;
+
+  // D, known to the compiler where it can be.
+  __device__ __forceinline__ static auto channels(const Problem& n) {
+    if constexpr (kGeneral)
+      return n.channels;
+    else
+      return uint32_t{CHANNELS};
+  }
 };
 
-// Where a pixel of a head's plane is, `step` numbers from one to the next. With 32 bits for both
-// this is one multiply-add of 64 bits.
+__device__ __forceinline__ int64_t product(int64_t a, int64_t b) { return a * b; }
+// As one instruction, which together with an addition stays one: the compiler sees the factors' 32
+// bits, but adds a zero to the upper half.
+__device__ __forceinline__ uint64_t product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t result;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
+// Where a pixel of a head's plane is, `step` bytes from one to the next.
 template <typename pack, typename value_t, typename index_t>
 __device__ __forceinline__ const pack* pixel_of(const value_t* plane, index_t pixel, index_t step) {
-  using bytes_t = std::conditional_t<std::is_signed<index_t>::value, int64_t, uint64_t>;
-  const bytes_t bytes = static_cast<bytes_t>(pixel) * static_cast<index_t>(step * sizeof(value_t));
-  return reinterpret_cast<const pack*>(reinterpret_cast<const char*>(plane) + bytes);
+  const char* first = reinterpret_cast<const char*>(plane);
+  return reinterpret_cast<const pack*>(first + product(pixel, step));
+}
+
+// The numbers of a pack. bf16 is the upper half of an fp32: one operation for each.
+template <typename value_t, int VEC, typename acc>
+__device__ __forceinline__ void unpack(const Pack<value_t, VEC>& from, acc (&to)[VEC]) {
+  if constexpr (std::is_same<value_t, bfloat16>::value && VEC % 2 == 0) {
+    uint32_t words[VEC / 2];
+    memcpy(words, &from, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < VEC / 2; ++i) {
+      to[2 * i] = __uint_as_float(words[i] << 16);
+      to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) to[e] = to_acc(from.v[e]);
+  }
 }
 
 template <int LANES, typename T>
@@ -115,14 +155,21 @@ __device__ __forceinline__ unsigned char* block_memory() {
   return vitadapter_block_memory;
 }
 
-// Adds to four consecutive numbers in memory; other lanes may do so at the same time.
-__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+// Adds w * v to four consecutive numbers in memory, unless w is 0; other lanes may do so at the
+// same time.
+__device__ __forceinline__ void add_four(float* to, float w, const float v[4]) {
 #if defined(__CUDA_ARCH__) && VITADAPTER_VECTOR_REDUCTIONS
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(to), "f"(a), "f"(b), "f"(c), "f"(d));
+  asm volatile(
+      "{\n"
+      " .reg .pred some;\n"
+      " setp.neu.f32 some, %1, 0f00000000;\n"
+      " @some red.relaxed.gpu.global.add.v4.f32 [%0], {%2, %3, %4, %5};\n"
+      "}"
+      :
+      : "l"(to), "f"(w), "f"(w * v[0]), "f"(w * v[1]), "f"(w * v[2]), "f"(w * v[3]));
 #else
-  atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);
+  if (w == 0.0f) return;
+  for (int e = 0; e < 4; ++e) atomicAdd(to + e, w * v[e]);
 #endif
 }
 

@@ -73,9 +73,8 @@ constexpr unsigned kBlocks = 3, kThreads = 64;
 template <typename value_t, typename Points>
 void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
              const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
-  cuda::ForwardArguments<value_t, Points> p{};
+  ForwardParams<value_t, Points> p{};
   p.problem = make_problem(sizes, levels);
-  p.order = cuda::RowOrder(p.problem);
   p.value = at<value_t>(rest[0]);
   p.stride = {strides[0], strides[1], strides[2]};
   p.mask = at<bool>(rest[1]);
@@ -84,7 +83,7 @@ void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides
   p.weights = at<typename Points::point_t>(rest[3]);
   cuda::dispatch(p, p.out, general, [&](auto channels) {
     emulation::launch(cuda::ms_deform_attn_forward_kernel<value_t, Points, channels()>, kBlocks,
-                      kThreads, p);
+                      kThreads, cuda::ForwardArguments<value_t, Points>(p));
   });
 }
 
@@ -94,16 +93,16 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
               const Numbers& layout, const Addresses& points, const Addresses& rest,
               const Addresses& grads, const Addresses& fixed, bool general) {
   using point_t = typename Points::point_t;
-  cuda::BackwardArguments<value_t, Points> p{};
-  p.problem = make_problem(sizes, levels);
-  p.order = cuda::RowOrder(p.problem);
-  p.value = at<value_t>(rest[0]);
-  p.stride = {strides[0], strides[1], strides[2]};
-  p.mask = at<bool>(rest[1]);
-  read(p.points, points, layout);
-  p.grad_out = at<value_t>(rest[2]);
-  p.grad_value = at<acc_t<value_t>>(rest[3]);
-  write(p.grads, grads);
+  BackwardParams<value_t, Points, acc_t<value_t>> params{};
+  params.problem = make_problem(sizes, levels);
+  params.value = at<value_t>(rest[0]);
+  params.stride = {strides[0], strides[1], strides[2]};
+  params.mask = at<bool>(rest[1]);
+  read(params.points, points, layout);
+  params.grad_out = at<value_t>(rest[2]);
+  params.grad_value = at<acc_t<value_t>>(rest[3]);
+  write(params.grads, grads);
+  cuda::BackwardArguments<value_t, Points> p(params);
   const Problem& n = p.problem;
   if (!fixed.empty()) {
     p.fixed.sums = at<unsigned long long>(fixed[0]);
@@ -140,7 +139,7 @@ PYBIND11_MODULE(emulated_kernels, m) {
   // (b, q, m) of the row at a place in the order in which rows are taken, and its number in memory.
   m.def("row_at", [](const Numbers& sizes, const Numbers& levels, uint32_t place) {
     const Problem n = make_problem(sizes, levels);
-    const cuda::RowIndex index(n, cuda::RowOrder(n), place);
+    const cuda::RowIndex<uint32_t> index(n, cuda::RowOrder(n), place);
     return Numbers{index.b, index.q, index.m, index.row};
   });
   define<float, float>(m, "fp32");

@@ -396,8 +396,8 @@ MUTATIONS = {
     ),
     "a lane that leaves early": (
         "cuda/backward.cuh",
-        "= GroupRow<group>(n, p.order, p.mask, r0, lane);",
-        "= GroupRow<group>(n, p.order, p.mask, r0, lane);\n    if (lane == 31) return;",
+        "= GroupRow<group>(n, p.plan, p.mask, r0, lane);",
+        "= GroupRow<group>(n, p.plan, p.mask, r0, lane);\n    if (lane == 31) return;",
     ),
     "dot products in the place of weights that are still read": (
         "cuda/backward.cuh",
@@ -421,8 +421,8 @@ MUTATIONS = {
     ),
     "softmax without its sum": (
         "cuda/points.cuh",
-        "exponential(to_acc(logits_[k]) - most_) * scale_",
-        "exponential(to_acc(logits_[k]) - most_)",
+        "exponential(logit - most_) * scale_",
+        "exponential(logit - most_)",
     ),
     "the mean of one lane": (
         "cuda/points.cuh",
