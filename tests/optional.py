@@ -12,13 +12,23 @@ import torch
 
 
 def require_integration(module: str) -> ModuleType:
-    """Imports another project, or skips; with REQUIRE_INTEGRATIONS=1 it must be there."""
+    """Imports another project, or skips; REQUIRE_INTEGRATIONS may say that it must be there."""
+    project = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError as missing:
-        if os.environ.get("REQUIRE_INTEGRATIONS") == "1":
-            pytest.fail(f"REQUIRE_INTEGRATIONS=1, and {module} is not importable: {missing}")
-        pytest.skip(f"needs {module.split('.')[0]}: {missing}")
+        required = os.environ.get("REQUIRE_INTEGRATIONS", "")
+        if is_required(project, required):
+            pytest.fail(
+                f"REQUIRE_INTEGRATIONS={required}, and {module} is not importable: {missing}"
+            )
+        pytest.skip(f"needs {project}: {missing}")
+
+
+def is_required(project: str, setting: str) -> bool:
+    """Whether REQUIRE_INTEGRATIONS names a project: "1" for all, or "transformers,onnx"."""
+    named = {each.strip() for each in setting.split(",")}
+    return "1" in named or project in named
 
 
 def require_cuda() -> None:
