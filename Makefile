@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # The commands of a fresh machine: `make bench`, `make bench-op` and `make test`. Each makes .venv if
 # needed, installs the package with what it needs, and runs the job. `make bench-rivals` adds what
-# bench-op can compare with; `make sanitize` runs the CPU kernels under AddressSanitizer and
-# UndefinedBehaviorSanitizer, of which `make test` does a part.
+# bench-op can compare with, `make integrations` other projects that the tests then compare with.
+# `make sanitize` runs the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, of which
+# `make test` does a part.
 #
 # `make gpu-check OUT=dir` needs no network and makes no .venv: it builds, tests and times with PYTHON's
 # own torch on this machine's GPU, and writes the results to dir.
@@ -21,12 +22,15 @@ RIVALS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Pinned: what the patches reach into moves from release to release.
+PROJECTS := transformers==5.24.0 kernels==0.17.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 \
+	scipy safetensors
 # Pinned: another version formats differently.
 LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
 
-.PHONY: bench bench-op bench-fused bench-rivals gpu-check test sanitize lint format wheel clean FORCE
+.PHONY: bench bench-op bench-fused bench-rivals gpu-check integrations test sanitize lint format wheel clean FORCE
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
@@ -48,6 +52,11 @@ bench-rivals: .venv/installed
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(RIVALS),--rivals $(RIVALS)) $(ARGS)
+
+# Those of the projects in tests/integrations that need no compiling and no torchvision. With them,
+# `make test` compares with them.
+integrations: .venv/installed
+	$(PIP) $(PROJECTS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
