@@ -151,11 +151,12 @@ def prepare_step(
 def measure(settings: Settings, size: str) -> dict[Key, Timing | OutOfMemory]:
     """Times of all variants of one size, taking turns."""
     images = random_images(settings.batch, settings.pixels, settings.device)
+    torch.compiler.reset()  # or the next size is a recompilation, of which torch allows only few
     cases: dict[Key, Case] = {}
     for kind in KINDS:
         model = build(size, kind, settings.device)
         for compiled in settings.compiled:
-            runnable = torch.compile(model) if compiled else model
+            runnable = torch.compile(model, dynamic=False) if compiled else model
             for precision in settings.precisions:
                 cases[size, precision, compiled, kind] = Case(
                     lambda m=runnable, p=precision: forward(m, images, p)

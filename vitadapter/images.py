@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,8 +42,21 @@ def crop(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The parts of the four maps that the images cover."""
     height, width = images.shape[-2:]
-    f1, f2, f3, f4 = (
-        m[:, :, : ceil_div(height, stride), : ceil_div(width, stride)]
-        for m, stride in zip(maps, strides, strict=True)
-    )
+    parts = []
+    for m, stride in zip(maps, strides, strict=True):
+        part = corner(m.permute(0, 2, 3, 1), ceil_div(height, stride), ceil_div(width, stride))
+        parts.append(part.permute(0, 3, 1, 2))
+    f1, f2, f3, f4 = parts
     return f1, f2, f3, f4
+
+
+def corner(x: Tensor, height: int, width: int) -> Tensor:
+    """The top left height x width pixels of x [B, H, W, C].
+
+    A view; but torch.compile asks of every view of symbolic size whether it is all of x, and
+    compiles again when the answer changes. It gets a copy, of which Inductor makes a part of what
+    computes x, and whose gradient is padding.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    return x[:, :height, :width]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import vitadapter
+from dynamic_graphs import one_dynamic_graph_serves_all
 from optional import require_integration
 from vitadapter import ViTAdapter
 from vitadapter.adapter import ADAPTER_PARTS
@@ -105,6 +106,20 @@ def test_any_image_size_gives_maps_with_strides_4_to_32(timm, name, size):
     expected = [tuple(math.ceil(side / s) for side in size) for s in (4, 8, 16, 32)]
     assert [tuple(m.shape[2:]) for m in maps] == expected
     assert all(m.isfinite().all() for m in maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("deit3_small_patch16_224", ((64, 96), (128, 160))),
+        # Of other sizes than the above: the paddings of ViT and pyramid differ.
+        ("vit_small_patch14_reg4_dinov2", ((64, 96), (100, 230))),
+        ("vit_small_patch16_dinov3", ((70, 101), (101, 70))),
+    ],
+)
+def test_one_dynamic_graph_serves_image_sizes_of_a_kind(timm, name, sizes):
+    model = _build(name, "detection", num_interactions=1)
+    one_dynamic_graph_serves_all(model, sizes)
 
 
 @pytest.mark.parametrize("name", MODELS)

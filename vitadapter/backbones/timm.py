@@ -110,9 +110,10 @@ def _create(
         if img_size is not None:
             arguments["img_size"] = img_size
         try:
-            model = timm.create_model(
-                model, pretrained=pretrained, **{"dynamic_img_size": True, **arguments}
-            )
+            # The images are padded already. But timm's check of that writes their size into a
+            # message, which makes it a constant for torch.compile; padding by nothing does not.
+            dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
+            model = timm.create_model(model, pretrained=pretrained, **{**dynamic, **arguments})
         except TypeError:  # a model of one image size
             model = timm.create_model(model, pretrained=pretrained, **arguments)
     if not isinstance(model, VisionTransformer | Eva | Beit):

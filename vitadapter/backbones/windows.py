@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..images import ceil_div, corner
+
 
 class SelfAttention(nn.Module):
     """What all self-attentions share, for those who count their operations.
@@ -64,10 +66,10 @@ def in_windows(
     """
     batch, _, width = x.shape
     h, w = grid
-    padded = F.pad(x.view(batch, h, w, width), (0, 0, 0, -w % side, 0, -h % side))
-    rows, columns = padded.shape[1] // side, padded.shape[2] // side
+    rows, columns = ceil_div(h, side), ceil_div(w, side)
+    padded = F.pad(x.view(batch, h, w, width), (0, 0, 0, columns * side - w, 0, rows * side - h))
     windows = padded.view(batch, rows, side, columns, side, width).transpose(2, 3)
     out = function(windows.reshape(batch * rows * columns, side * side, width))
     out = out.view(batch, rows, columns, side, side, -1).transpose(2, 3)
     out = out.reshape(batch, rows * side, columns * side, -1)
-    return out[:, :h, :w].reshape(batch, h * w, -1)
+    return corner(out, h, w).reshape(batch, h * w, -1)
