@@ -50,8 +50,8 @@ template <typename point_type>
 struct Located {
   using point_t = point_type;
   static constexpr bool kMasked = false;  // no pixels that read as zero
-  const point_t* locations;  // [B, Q, M, K, 2], (x, y) as fractions of the level
-  const point_t* weights;    // [B, Q, M, K]
+  const point_t* locations;               // [B, Q, M, K, 2], (x, y) as fractions of the level
+  const point_t* weights;                 // [B, Q, M, K]
 };
 
 // A null pointer means that this gradient is not wanted; every element is written.
