@@ -79,14 +79,11 @@ def first_share(numbers: Tensor, inside: Tensor, rows: Tensor, block: int) -> fl
     return len(keys.unique()) / len(keys)
 
 
-def shares(case: cases.Case, size: int) -> tuple[float, list[float]]:
+def shares(case: cases.Case, size: int) -> tuple[int, list[float]]:
     """Bytes gathered for one image, and `first_share` in each order."""
     numbers, inside = corners(case)
     every = torch.arange(case.queries)
-    orders = [
-        torch.cartesian_prod(every, torch.arange(case.heads)),
-        runs(every, case.heads),
-    ]
+    orders = [torch.cartesian_prod(every, torch.arange(case.heads)), runs(every, case.heads)]
     if sum(height * width for height, width in case.grids) == case.queries:
         orders.append(runs(banded(case.grids), case.heads))
     block = rows_of_a_block(case.channels, size)

@@ -9,15 +9,14 @@ namespace vitadapter::cuda {
 
 constexpr int kBackwardThreads = 256;
 // Two blocks on a multiprocessor: 16 warps, 128 registers for a thread. What a lane keeps of its
-// row and its points while the dot products of others are summed does not fit the 80 of three, nor
-// always the 128 with 64-bit numbers.
-template <typename value_t, int CHANNELS>
-constexpr int kBackwardBlocks = sizeof(value_t) == 8 || CHANNELS == 0 ? 1 : 2;
+// row and its points while the dot products of others are summed does not fit the 80 of three.
+template <typename value_t>
+constexpr int kBackwardBlocks = sizeof(value_t) == 8 ? 1 : 2;
 
 template <typename value_t, typename Points>
 struct BackwardArguments : BackwardParams<value_t, Points, acc_t<value_t>> {
   Plan plan;
-  bool need_points;  // gradients of points
+  bool need_points;  // any gradient of points: asked for each point, so by one comparison
   FixedPoint fixed;  // where the gradient of value is summed instead, if it has a place
 
   explicit BackwardArguments(const BackwardParams<value_t, Points, acc_t<value_t>>& p)
@@ -39,6 +38,42 @@ struct BackwardMemory {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 };
+
+// What a lane reads of the pixels of a point's corners. The general kernel has no such packs.
+template <typename Group, typename value_t, typename sample>
+__device__ __forceinline__ void load_corners(const sample& at, const value_t* plane,
+                                             typename Group::index_t step,
+                                             typename Group::pack v[4]) {
+  if constexpr (!Group::kGeneral) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = *pixel_of<typename Group::pack>(plane, at.pixel[i], step);
+  }
+}
+
+// The products of grad_out with the pixels of a point's corners, over a lane's channels: those of
+// `v` with g, or in the general kernel every kWarp-th channel from c on, where `plane` starts.
+template <typename Group, typename value_t, typename sample, typename acc>
+__device__ __forceinline__ void dot_products(const sample& at, const typename Group::pack v[4],
+                                             const value_t* plane, typename Group::index_t step,
+                                             const value_t* grad_out, const acc g[Group::kVec],
+                                             typename Group::index_t c,
+                                             typename Group::index_t channels, acc s[4]) {
+  if constexpr (Group::kGeneral) {
+    for (; c < channels; c += kWarp, plane += kWarp) {
+      const acc go = to_acc(grad_out[c]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[i] += go * to_acc(*pixel_of<value_t>(plane, at.pixel[i], step));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      acc number[Group::kVec];
+      unpack(v[i], number);
+#pragma unroll
+      for (int e = 0; e < Group::kVec; ++e) s[i] += g[e] * number[e];
+    }
+  }
+}
 
 // Adds the shares of a point's corners to the gradient of value: in packs of four channels where
 // memory can, otherwise lane beside lane, so that each instruction adds to whole sectors. `to`
@@ -77,7 +112,7 @@ __device__ __forceinline__ void add_shares(const sample& at, const Sum& to, cons
 // grad_value takes floating-point atomics, whose order, and so whose last bits, change from run to
 // run; or integer ones, which add to the same bits in any order (fixed_point.cuh).
 template <typename value_t, typename Points, int CHANNELS>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHANNELS>)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
     ms_deform_attn_backward_kernel(const __grid_constant__ BackwardArguments<value_t, Points> p) {
   using acc = acc_t<value_t>;
   using group = Group<value_t, CHANNELS>;
@@ -92,7 +127,6 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHA
   const auto samples = stage::of_row(memory, lane);
   acc* numbers =
       reinterpret_cast<acc*>(memory + stage::kWarpBytes) + lane / group::kLanes * n.points;
-  const bool need_dots = p.need_points;
   const int64_t rows = n.rows();
   const index_t channels = group::channels(n);
   const index_t step = static_cast<index_t>(p.stride.s) * static_cast<index_t>(sizeof(value_t));
@@ -127,12 +161,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHA
           const auto at = samples[i];
           // The corners are on their way while the shares are added.
           pack v[4];
-          if (!group::kGeneral && need_dots) {
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-              v[corner] = *pixel_of<pack>(plane, at.pixel[corner], step);
-            }
-          }
+          if (p.need_points) load_corners<group>(at, plane, step, v);
           if constexpr (std::is_same<acc, float>::value) {
             if (p.fixed.fraction != 0) {
               const FixedPointSum<index_t> fixed(p.fixed, first_pixel, sum_step);
@@ -142,26 +171,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHA
           if (p.grad_value != nullptr && p.fixed.fraction == 0) {
             add_shares<group>(at, sum, grad_out, g, has_channels, channels, lane);
           }
-          if constexpr (group::kGeneral) {
-            for (index_t at_channel = c; need_dots && at_channel < channels; at_channel += kWarp) {
-              const acc go = to_acc(grad_out[at_channel]);
-#pragma unroll
-              for (int corner = 0; corner < 4; ++corner) {
-                const value_t* of = plane + (at_channel - c);
-                s[corner] += go * to_acc(*pixel_of<value_t>(of, at.pixel[corner], step));
-              }
-            }
-          } else if (need_dots) {
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-              acc number[group::kVec];
-              unpack(v[corner], number);
-#pragma unroll
-              for (int e = 0; e < group::kVec; ++e) s[corner] += g[e] * number[e];
-            }
+          if (p.need_points) {
+            dot_products<group>(at, v, plane, step, grad_out, g, c, channels, s);
           }
         }
-        if (need_dots) {
+        if (p.need_points) {
           const acc of_corner = group_sum_of_four<group::kLanes>(s, lane);
           __syncwarp();
           if (i < count && lane % group::kLanes < 4) {
@@ -170,7 +184,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHA
         }
       }
       __syncwarp();
-      if (need_dots) {
+      if (p.need_points) {
         PointGradient<acc> by[stage::kEach];
 #pragma unroll
         for (int j = 0; j < stage::kEach; ++j) {
@@ -194,7 +208,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t, CHA
       }
       __syncwarp();
     }
-    if (need_dots) gradients.finish(row);
+    if (p.need_points) gradients.finish(row);
   }
 }
 

@@ -171,6 +171,7 @@ struct Placed {
   uint32_t masked;  // bit i: corner i reads as zero
 };
 
+// Where the lanes of a group keep the points that they have placed.
 template <typename value_t, int CHANNELS>
 struct Stage {
   using group = Group<value_t, CHANNELS>;
@@ -233,9 +234,7 @@ struct Stage {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];
-          s.pixel[i] = static_cast<index_t>(level.start) +
-                       static_cast<index_t>(f.row[i / 2]) * static_cast<index_t>(level.width) +
-                       static_cast<index_t>(f.column[i % 2]);
+          s.pixel[i] = static_cast<index_t>(level.pixel(f.row[i / 2], f.column[i % 2]));
         }
         if constexpr (MASKED) {
           if (on_map && mask != nullptr) on_map = leave_out_masked(mask, s, at.masked);

@@ -50,8 +50,8 @@ struct Group {
   static constexpr int kLanes = kGeneral ? kWarp : lanes_for(kPacks);
   static constexpr int kRows = kWarp / kLanes;
   static constexpr bool kFull = kPacks == kLanes;  // every lane has channels
-  // Points are placed kPoints at a time, by each lane two of its own row.
-  static constexpr int kEach = 2;
+  // Points are placed kPoints at a time, by each lane two of its own row, or one by a whole warp.
+  static constexpr int kEach = kGeneral ? 1 : 2;
   static constexpr int kPoints = kEach * kLanes;
   // Channels of a lane that takes every kLanes-th of them.
   static constexpr int kSpread = (CHANNELS + kLanes - 1) / kLanes;

@@ -67,18 +67,27 @@ void write(OffsetsGradients<point_t>& p, const Addresses& grads) {
        at<point_t>(grads[3])};
 }
 
+// What both directions read.
+template <typename Params>
+Params make_params(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
+                   const Numbers& layout, const Addresses& points, const Addresses& rest) {
+  Params p{};
+  p.problem = make_problem(sizes, levels);
+  p.value = at<typename Params::value_t>(rest[0]);
+  p.stride = {strides[0], strides[1], strides[2]};
+  p.mask = at<bool>(rest[1]);
+  read(p.points, points, layout);
+  return p;
+}
+
 // A grid smaller than the work, so that the kernels have to stride.
 constexpr unsigned kBlocks = 3, kThreads = 64;
 
 template <typename value_t, typename Points>
 void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
              const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
-  ForwardParams<value_t, Points> p{};
-  p.problem = make_problem(sizes, levels);
-  p.value = at<value_t>(rest[0]);
-  p.stride = {strides[0], strides[1], strides[2]};
-  p.mask = at<bool>(rest[1]);
-  read(p.points, points, layout);
+  auto p =
+      make_params<ForwardParams<value_t, Points>>(sizes, levels, strides, layout, points, rest);
   p.out = at<value_t>(rest[2]);
   p.weights = at<typename Points::point_t>(rest[3]);
   cuda::dispatch(p, p.out, general, [&](auto channels) {
@@ -93,12 +102,8 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
               const Numbers& layout, const Addresses& points, const Addresses& rest,
               const Addresses& grads, const Addresses& fixed, bool general) {
   using point_t = typename Points::point_t;
-  BackwardParams<value_t, Points, acc_t<value_t>> params{};
-  params.problem = make_problem(sizes, levels);
-  params.value = at<value_t>(rest[0]);
-  params.stride = {strides[0], strides[1], strides[2]};
-  params.mask = at<bool>(rest[1]);
-  read(params.points, points, layout);
+  using Params = BackwardParams<value_t, Points, acc_t<value_t>>;
+  auto params = make_params<Params>(sizes, levels, strides, layout, points, rest);
   params.grad_out = at<value_t>(rest[2]);
   params.grad_value = at<acc_t<value_t>>(rest[3]);
   write(params.grads, grads);
