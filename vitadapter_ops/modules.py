@@ -8,30 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
 from .functional import ms_deform_attn_from_offsets
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is a matrix product plus a bias and nothing else.
-
-    Adapters, quantisers and parametrizations put a module of another type in its place, accelerate
-    puts another forward into it to fetch offloaded weights, and hooks want to be called.
-    """
-    return (
-        type(layer) is nn.Linear
-        and layer.bias is not None
-        and "forward" not in vars(layer)
-        and not (
-            layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-        )
-    )
+from .linear import is_plain, linear, project
 
 
 def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,13 +31,13 @@ def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor
     layers: list[Any] = [
         module.get_submodule(name) for name in ("sampling_offsets", "attention_weights")
     ]
-    if not all(_is_plain_linear(layer) for layer in layers):
+    if not all(is_plain(layer) for layer in layers):
         offsets, logits = (layer(query) for layer in layers)
         return offsets, logits
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     offsets, logits = torch.split(
-        F.linear(query, weight, bias), [layer.out_features for layer in layers], -1
+        linear(query, weight, bias), [layer.out_features for layer in layers], -1
     )
     return offsets, logits
 
@@ -132,16 +113,16 @@ class MSDeformAttn(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        for linear in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(
                 initial_offsets(self.n_heads, [self.n_points] * self.n_levels)
             )
-        for linear in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -188,7 +169,7 @@ class MSDeformAttn(nn.Module):
         if input_padding_mask is not None:
             _checks.padding_mask(input_padding_mask, batch, pixels, "input_padding_mask")
 
-        value = self.value_proj(input_flatten).view(batch, pixels, self.n_heads, -1)
+        value = project(self.value_proj, input_flatten).view(batch, pixels, self.n_heads, -1)
         offsets, logits = offsets_and_logits(self, query)
         points = self.n_levels * self.n_points
         out = ms_deform_attn_from_offsets(
@@ -200,7 +181,8 @@ class MSDeformAttn(nn.Module):
             level_start_index=input_level_start_index,
             padding_mask=input_padding_mask,
         )
-        return self.output_proj(out)
+        assert isinstance(out, Tensor)  # no weights were asked for
+        return project(self.output_proj, out)
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitadapter_ops.linear import linear, project
+
 from ..layers.drop_path import DropPath
-from ..layers.linear import Linear, linear
 from .plain_vit import LAYER_NORM_EPS, Mlp, PatchEmbed
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
@@ -38,12 +39,12 @@ class Attention(SelfAttention):
         self.num_heads = num_heads
         self.side = side
         self.window_size = side if windowed else None
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         distances = (2 * side - 1) ** 2 + (0 if windowed else CLASS_DISTANCES)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(distances, num_heads))
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, N, D] to the same shape; N = h*w in windows, else 1 + h*w."""
@@ -55,8 +56,8 @@ class Attention(SelfAttention):
             return attend(qkv, self.num_heads, logits_bias.to(qkv.dtype))
 
         if self.window_size is None:
-            return self.proj(attention(x))
-        return self.proj(in_windows(attention, x, shape, self.window_size))
+            return project(self.proj, attention(x))
+        return project(self.proj, in_windows(attention, x, shape, self.window_size))
 
     def position_bias(self) -> Tensor:
         """The biases of all pairs, [1, heads, N, N].

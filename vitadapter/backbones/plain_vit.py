@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitadapter_ops.linear import project
+
 from ..layers.drop_path import DropPath
-from ..layers.linear import Linear
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
 
@@ -47,18 +48,18 @@ class Attention(SelfAttention):
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
-        qkv = self.qkv(x)
+        qkv = project(self.qkv, x)
         if self.window_size is None:
             out = attend(qkv, self.num_heads)
         else:
             attention = partial(attend, num_heads=self.num_heads)
             out = in_windows(attention, qkv, shape, self.window_size)
-        return self.proj(out)
+        return project(self.proj, out)
 
 
 class Mlp(nn.Module):
@@ -66,12 +67,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, N, D] to the same shape."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return project(self.fc2, F.gelu(project(self.fc1, x)))
 
 
 class Block(nn.Module):

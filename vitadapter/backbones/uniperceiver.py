@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vitadapter_ops.linear import project
+
 from ..layers.drop_path import DropPath
-from ..layers.linear import Linear
 from .plain_vit import resize_grid
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
@@ -36,17 +37,17 @@ class Attention(SelfAttention):
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
-        self.in_proj = Linear(dim, 3 * dim)
-        self.out_proj = Linear(dim, dim)
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
         if self.window_size is None:
-            return self.out_proj(self._attention(x))
-        return self.out_proj(in_windows(self._attention, x, shape, self.window_size))
+            return project(self.out_proj, self._attention(x))
+        return project(self.out_proj, in_windows(self._attention, x, shape, self.window_size))
 
     def _attention(self, x: Tensor) -> Tensor:
-        return attend(self.in_proj(x), self.num_heads)
+        return attend(project(self.in_proj, x), self.num_heads)
 
 
 class Layer(nn.Module):
@@ -70,8 +71,8 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = Attention(dim, num_heads, window_size)
-        self.linear1 = Linear(dim, int(mlp_ratio * dim))
-        self.linear2 = Linear(int(mlp_ratio * dim), dim)
+        self.linear1 = nn.Linear(dim, int(mlp_ratio * dim))
+        self.linear2 = nn.Linear(int(mlp_ratio * dim), dim)
         self.drop_path = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -81,8 +82,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, h*w, D] of a grid `shape` = (h, w) to the same shape."""
         x = x + self.gamma_1 * self.drop_path(self.self_attn(self.norm1(x), shape))
-        hidden = nn.functional.gelu(self.linear1(self.norm2(x)))
-        return x + self.gamma_2 * self.drop_path(self.linear2(hidden))
+        hidden = nn.functional.gelu(project(self.linear1, self.norm2(x)))
+        return x + self.gamma_2 * self.drop_path(project(self.linear2, hidden))
 
 
 class _PatchEmbed(nn.Module):

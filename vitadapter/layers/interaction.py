@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitadapter_ops.linear import project
+
 from .attention.dense import Shapes
 from .drop_path import DropPath
-from .linear import Linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -84,13 +85,13 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = DWConv(hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         """Maps tokens [B, sum(H*W), D] of the levels `shapes` to the same shape."""
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x), shapes)))
+        return project(self.fc2, F.gelu(self.dwconv(project(self.fc1, x), shapes)))
 
 
 class Extractor(nn.Module):

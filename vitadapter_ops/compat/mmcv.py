@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..linear import project
 from . import _common
 from ._patch import Patch, Replacement
 from .functions import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
@@ -162,14 +163,14 @@ def attention(
     output, _ = _common.attend(
         module,
         query,
-        self.value_proj(value),
+        project(self.value_proj, value),
         spatial_shapes,
         reference_points,
         [self.num_points] * self.num_levels,
         level_start_index=level_start_index,
         padding=padding,
     )
-    output = self.output_proj(output)
+    output = project(self.output_proj, output)
     return output if self.batch_first else output.transpose(0, 1)
 
 

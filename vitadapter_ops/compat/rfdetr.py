@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linear import project
 from . import _common
 from ._patch import Patch, Replacement
 
@@ -76,13 +77,13 @@ def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         output, _ = _common.attend(
             self,
             query,
-            module.value_proj(input_flatten),
+            project(module.value_proj, input_flatten),
             input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw,
             reference_points,
             [module.n_points] * module.n_levels,
             padding=input_padding_mask,
         )
-        return module.output_proj(output)
+        return project(module.output_proj, output)
 
     return forward
 

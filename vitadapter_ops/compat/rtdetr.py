@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from ..linear import project
 from . import _common
 from .functions import (
     deformable_attention_core_func,
@@ -152,7 +153,7 @@ class MSDeformableAttention(_MultiPoint):
         Returns:
             [B, Q, C].
         """
-        projected = self.value_proj(value)
+        projected = project(self.value_proj, value)
         padding = None
         if value_mask is not None:
             _checks.shape("value_mask", value_mask, value.shape[:2], "value")
@@ -161,7 +162,7 @@ class MSDeformableAttention(_MultiPoint):
             else:  # the original multiplies, whatever the mask holds
                 projected = projected * value_mask.to(projected.dtype).unsqueeze(-1)
         output = self._attend(query, reference_points, projected, value_spatial_shapes, padding)
-        return self.output_proj(output)
+        return project(self.output_proj, output)
 
 
 class MSDeformableAttentionV1(MSDeformableAttention):

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linear import project
 from . import _common, functions
 from ._patch import Patch, Replacement
 from .kernels import MultiScaleDeformableAttention
@@ -109,7 +110,7 @@ def _attention(
     output, weights = attend(
         module,
         query,
-        self.value_proj(value) if hasattr(self, "value_proj") else value,
+        project(self.value_proj, value) if hasattr(self, "value_proj") else value,
         spatial_shapes,
         reference_points,
         each,
@@ -117,7 +118,7 @@ def _attention(
         padding=padding,
     )
     if hasattr(self, "output_proj"):
-        output = self.output_proj(output)
+        output = project(self.output_proj, output)
     if points is None and weights is not None:
         weights = torch.unflatten(weights, -1, (len(each), -1))
     return output, weights

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear import Linear
+from vitadapter_ops.linear import project
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -33,10 +33,10 @@ class ProjectedAttention(nn.Module):
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
         self.num_heads = num_heads
         self.num_levels = num_levels
-        self.q = Linear(dim, dim)
-        self.k = Linear(dim, dim)
-        self.v = Linear(dim, dim)
-        self.out = Linear(dim, dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
 
     def forward(
         self,
@@ -50,11 +50,11 @@ class ProjectedAttention(nn.Module):
 
         `points` is for attentions that sample.
         """
-        q = self._split_heads(self.q(query))
-        k = self._split_heads(self.k(feat))
-        v = self._split_heads(self.v(feat))
+        q = self._split_heads(project(self.q, query))
+        k = self._split_heads(project(self.k, feat))
+        v = self._split_heads(project(self.v, feat))
         out = self.attend(q, k, v, query_shapes, feat_shapes)
-        return self.out(out.transpose(1, 2).reshape(query.shape))
+        return project(self.out, out.transpose(1, 2).reshape(query.shape))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, query_shapes: Shapes, feat_shapes: Shapes
