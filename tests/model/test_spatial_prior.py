@@ -40,10 +40,52 @@ def test_images_that_are_not_multiples_of_32_are_refused():
         SpatialPriorModule(width=4, embed_dim=6)(torch.randn(2, 3, 64, 90))
 
 
-def test_maps_are_channels_last_so_that_tokens_are_views():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_are_channels_last_so_that_tokens_are_views(batch):
     spm = SpatialPriorModule(width=4, embed_dim=6).eval()
-    for level in spm(torch.randn(2, 3, 64, 96)):
-        assert level.is_contiguous(memory_format=torch.channels_last)
+    for level in spm(torch.randn(batch, 3, 64, 96)):
+        # Of a batch of one, is_contiguous ignores a stride at which convolutions look.
+        assert level.stride() == level.clone(memory_format=torch.channels_last).stride()
+
+
+@pytest.mark.parametrize("norm", ["BatchNorm2d", "SyncBatchNorm"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inference_folds_batch_norms_into_convolutions(randomise, dtype, norm, monkeypatch):
+    spm = randomise(SpatialPriorModule(width=4, embed_dim=6)).double().eval()
+    if norm == "SyncBatchNorm":
+        spm = torch.nn.SyncBatchNorm.convert_sync_batchnorm(spm)
+    for each in spm.modules():
+        if isinstance(each, torch.nn.modules.batchnorm._NormBase):
+            each.running_mean.normal_()
+            each.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    exact = [level.detach() for level in spm(images)]
+    spm.to(dtype)
+    usual = [level.detach() for level in spm(images.to(dtype))]
+    monkeypatch.setattr(F, "batch_norm", None)  # calling it would raise
+    with torch.no_grad():
+        folded = spm(images.to(dtype))
+    for got, one, true in zip(folded, usual, exact, strict=True):
+        assert got.dtype == dtype
+        error, allowed = ((each - true).abs().max() for each in (got, one))
+        assert error <= 2 * allowed + 1e-13
+
+
+def test_hooks_and_other_layers_are_called_in_inference(randomise):
+    spm = randomise(SpatialPriorModule(width=4, embed_dim=6)).eval()
+    images = torch.randn(1, 3, 64, 96)
+    seen = []
+    handle = spm.stem[1].register_forward_hook(lambda *given: seen.append(given[2]))
+    with torch.no_grad():
+        expected = spm(images)
+        handle.remove()
+        assert len(seen) == 1
+        for got, level in zip(spm(images), expected, strict=True):
+            torch.testing.assert_close(got, level)
+        spm.stem[1] = torch.nn.Identity()
+        with_grad = [level.detach() for level in torch.enable_grad()(spm)(images)]
+        for got, level in zip(spm(images), with_grad, strict=True):
+            torch.testing.assert_close(got, level)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -53,4 +95,7 @@ def test_upsampling_is_the_transposed_convolution(batch):
     torch.testing.assert_close(up(x), F.conv_transpose2d(x, up.weight, up.bias, stride=2))
     assert up(x).is_contiguous(memory_format=torch.channels_last)
     base = torch.randn(batch, 6, 6, 10, dtype=torch.float64)
-    torch.testing.assert_close(up(x, base), up(x) + base)
+    expected = up(x) + base
+    base = base.contiguous(memory_format=torch.channels_last)
+    assert up(x, base).data_ptr() == base.data_ptr()
+    torch.testing.assert_close(base, expected.detach())

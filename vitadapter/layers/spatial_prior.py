@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from vitadapter_ops.linear import is_untouched
 
 
 class SpatialPriorModule(nn.Module):
@@ -45,11 +49,46 @@ class SpatialPriorModule(nn.Module):
         """
         # Channels last: pooling is many times faster, and tokens are views of the maps.
         images = images.contiguous(memory_format=torch.channels_last)
-        x1 = _exact(self.stem(images), images, 4)
-        x2 = _exact(self.conv2(x1), images, 8)
-        x3 = _exact(self.conv3(x2), images, 16)
-        x4 = _exact(self.conv4(x3), images, 32)
+        x1 = _exact(_run(self.stem, images), images, 4)
+        x2 = _exact(_run(self.conv2, x1), images, 8)
+        x3 = _exact(_run(self.conv3, x2), images, 16)
+        x4 = _exact(_run(self.conv4, x3), images, 32)
         return self.fc1(x1), self.fc2(x2), self.fc3(x3), self.fc4(x4)
+
+
+def _run(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """stage(x); for inference with each batch norm within the convolution before it.
+
+    A norm of running statistics is a factor and a shift for each channel. In the convolution's
+    weights they cost nothing; on their own, a pass over each of the largest maps.
+    """
+    if torch.is_grad_enabled() or not is_untouched(stage):
+        result: Tensor = stage(x)
+        return result
+    layers: list[Any] = list(stage)
+    while layers:
+        layer = layers.pop(0)
+        if type(layer) is nn.Conv2d and layers and _is_affine(layers[0]):
+            norm = layers.pop(0)
+            dtype = layer.weight.dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            factor = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
+            weight = layer.weight * factor[:, None, None, None]
+            shift = norm.bias - norm.running_mean * factor
+            x = layer._conv_forward(x, weight.to(dtype), shift.to(dtype))
+        else:
+            x = layer(x)
+    return x
+
+
+def _is_affine(norm: Any) -> bool:
+    """Whether the norm multiplies and shifts each channel by numbers that do not depend on it."""
+    return (
+        type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        and norm.affine
+        and norm.track_running_stats
+        and not norm.training
+    )
 
 
 def _exact(x: Tensor, images: Tensor, stride: int) -> Tensor:
@@ -58,8 +97,8 @@ def _exact(x: Tensor, images: Tensor, stride: int) -> Tensor:
     With symbolic sizes, torch.compile would carry the rounding of five strided layers into every
     later shape, and take minutes to compare them.
     """
-    batch, channels = x.shape[:2]
-    return x.view(batch, channels, images.shape[2] // stride, images.shape[3] // stride)
+    # Not view, which for a batch of one forgets that the map is channels last.
+    return x.expand(-1, -1, images.shape[2] // stride, images.shape[3] // stride)
 
 
 def _conv_bn_relu(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .linear import linear
+from vitadapter_ops.linear import linear
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -26,8 +26,8 @@ class Upsample(nn.ConvTranspose2d):
     ) -> Tensor:
         """Maps [B, D, H, W] to [B, D, 2H, 2W], channels last in memory.
 
-        A map `base` of that size is added before the result is written: large maps cost most where
-        their memory is touched for the first time.
+        To a map `base` of that size the result is added in place: large maps cost most where their
+        memory is touched for the first time.
         """
         batch, _, h, w = x.shape
         assert self.bias is not None
@@ -36,5 +36,6 @@ class Upsample(nn.ConvTranspose2d):
         y = linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
         y = y.view(batch, h, w, 2, 2, -1).transpose(2, 3)
         if base is not None:
-            y = y + base.permute(0, 2, 3, 1).reshape(y.shape)
+            # A view, as base is channels last.
+            y = base.permute(0, 2, 3, 1).reshape(y.shape).add_(y)
         return y.reshape(batch, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
