@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tolerances import (
     DROP_IN_FP64_ULPS,
     DROP_IN_ULPS,
+    MODEL_LOSS_SHARE,
     assert_as_accurate_as_eager,
     assert_close_but_for_crossings,
+    assert_gradients_of_models_agree,
     assert_same_definition,
 )
 
@@ -78,21 +80,48 @@ def check(
             assert_as_accurate_as_eager(name, got[name], eager[name], exact[name], DROP_IN_ULPS)
 
 
-def sgd_losses(
+def sgd(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 2
-) -> list[float]:
-    """The losses before and after each of `steps` steps of SGD on a copy of the model."""
+) -> tuple[list[float], dict[str, Tensor | None]]:
+    """Steps of SGD on a copy of the model: the loss before and after each, the first gradients."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     losses = []
-    for _ in range(steps + 1):
+    gradients: dict[str, Tensor | None] = {}
+    for step in range(steps + 1):
         torch.manual_seed(0)  # the same dropout and denoising noise for everyone
         value = loss(model)
         losses.append(value.item())
         optimizer.zero_grad()
         value.backward()
+        if step == 0:
+            gradients = {
+                name: None if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+            }
         optimizer.step()
-    return losses
+    return losses, gradients
+
+
+def check_training(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    patch: Callable[[], contextlib.AbstractContextManager[object]],
+) -> None:
+    """Holds two steps of training under the patch to the losses and gradients without."""
+    losses, gradients = sgd(model, loss)
+    with patch():
+        patched_losses, patched_gradients = sgd(model, loss)
+    assert losses[0] != losses[-1]
+    torch.testing.assert_close(
+        torch.tensor(patched_losses), torch.tensor(losses), rtol=MODEL_LOSS_SHARE, atol=0
+    )
+    whole = torch.stack([each.norm() for each in gradients.values() if each is not None]).norm()
+    for name, expected in gradients.items():
+        got = patched_gradients[name]
+        assert (got is None) == (expected is None), f"{name}: a gradient with the patch or without"
+        if got is not None and expected is not None:
+            assert_gradients_of_models_agree(name, got, expected, whole)
 
 
 # --- originals of projects that no registry has -------------------------------------------------

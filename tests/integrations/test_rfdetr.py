@@ -55,10 +55,7 @@ def test_two_steps_of_training_have_the_losses_of_the_original(theirs):
     def loss(model):
         return call(None, model, *arguments).square().mean()
 
-    original = drop_in_checks.sgd_losses(module, loss)
-    with rfdetr.patch_rfdetr():
-        ours = drop_in_checks.sgd_losses(module, loss)
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
+    drop_in_checks.check_training(module, loss, rfdetr.patch_rfdetr)
 
 
 def test_compiled_in_one_graph(theirs):
