@@ -26,6 +26,9 @@ PRECISIONS = ("fp64", "fp32", "bf16-autocast")
 # Takes the module and the tensors, returns a tensor or several.
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
+# The losses, and the first gradient of each parameter.
+Training = tuple[list[float], dict[str, Tensor | None]]
+
 
 def results(
     function: Function, module: nn.Module, tensors: Sequence[Tensor], precision: str
@@ -80,9 +83,7 @@ def check(
             assert_as_accurate_as_eager(name, got[name], eager[name], exact[name], DROP_IN_ULPS)
 
 
-def sgd(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 2
-) -> tuple[list[float], dict[str, Tensor | None]]:
+def sgd(model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 2) -> Training:
     """Steps of SGD on a copy of the model: the loss before and after each, the first gradients."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -103,25 +104,31 @@ def sgd(
     return losses, gradients
 
 
+def assert_trained_alike(got: Training, expected: Training) -> None:
+    """Holds losses and first gradients of `sgd` to another's."""
+    losses, gradients = expected
+    assert losses[0] != losses[-1]
+    torch.testing.assert_close(
+        torch.tensor(got[0]), torch.tensor(losses), rtol=MODEL_LOSS_SHARE, atol=0
+    )
+    whole = torch.stack([each.norm() for each in gradients.values() if each is not None]).norm()
+    for name, theirs in gradients.items():
+        ours = got[1][name]
+        assert (ours is None) == (theirs is None), f"{name}: only one of the two has a gradient"
+        if ours is not None and theirs is not None:
+            assert_gradients_of_models_agree(name, ours, theirs, whole)
+
+
 def check_training(
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
     patch: Callable[[], contextlib.AbstractContextManager[object]],
 ) -> None:
     """Holds two steps of training under the patch to the losses and gradients without."""
-    losses, gradients = sgd(model, loss)
+    expected = sgd(model, loss)
     with patch():
-        patched_losses, patched_gradients = sgd(model, loss)
-    assert losses[0] != losses[-1]
-    torch.testing.assert_close(
-        torch.tensor(patched_losses), torch.tensor(losses), rtol=MODEL_LOSS_SHARE, atol=0
-    )
-    whole = torch.stack([each.norm() for each in gradients.values() if each is not None]).norm()
-    for name, expected in gradients.items():
-        got = patched_gradients[name]
-        assert (got is None) == (expected is None), f"{name}: a gradient with the patch or without"
-        if got is not None and expected is not None:
-            assert_gradients_of_models_agree(name, got, expected, whole)
+        got = sgd(model, loss)
+    assert_trained_alike(got, expected)
 
 
 # --- originals of projects that no registry has -------------------------------------------------
@@ -205,7 +212,11 @@ def published_module(
 
 
 def perturbed(module: nn.Module, std: float = 0.2) -> nn.Module:
-    """The module with offsets and weights that depend on the query, as after training."""
-    for name in ("sampling_offsets", "attention_weights"):
-        nn.init.normal_(module.get_submodule(name).weight, std=std)
+    """The module or model with offsets and weights that depend on the query, as after training.
+
+    At first all points of an encoder are at pixels' centres, where gradients jump.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            nn.init.normal_(parameter, std=std)
     return module

@@ -295,3 +295,7 @@ def test_packed_locations_and_logits(precision):
         )
 
     drop_in_checks.check(original, ours, torch.nn.Module(), (value, locations, logits), precision)
+    if precision == "fp32":
+        torch.compiler.reset()
+        compiled = torch.compile(ours, backend="aot_eager")
+        drop_in_checks.check(original, compiled, torch.nn.Module(), (value, locations, logits))

@@ -184,9 +184,12 @@ def test_reference_points_of_modules_that_take_boxes_only(name, levels, method, 
 
 @pytest.mark.parametrize("name", PER_LEVEL)
 def test_a_box_for_each_level(name):
-    # The originals take it where each level has one point.
+    # The originals take it where each level has one point; two coordinates not even there.
     original, ours = both(name, padding())
-    drop_in_checks.check(original, ours, attention(name, points=1), tensors(name, 4, levels=3))
+    module = attention(name, points=1)
+    drop_in_checks.check(original, ours, module, tensors(name, 4, levels=3))
+    with pytest.raises((RuntimeError, ValueError)):
+        original(module, *tensors(name, 2, levels=3))
 
 
 @pytest.mark.parametrize("name", NO_PROJECTIONS)
@@ -560,10 +563,7 @@ def whole(request):
     require_integration("scipy")  # the matcher of the losses
     torch.manual_seed(0)
     model, inputs = WHOLE[request.param]()
-    for name, parameter in model.named_parameters():
-        if "sampling_offsets.weight" in name or "attention_weights.weight" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return request.param, model, inputs
+    return request.param, drop_in_checks.perturbed(model, std=0.1), inputs
 
 
 def test_two_steps_of_training_have_the_losses_of_the_original(whole):
@@ -624,12 +624,11 @@ def test_kernels_package_takes_our_layer(monkeypatch):
     name = "MultiScaleDeformableAttention"
     monkeypatch.setattr(original, "kernel_layer_name", name, raising=False)
     model, inputs = deformable_detr()
-    del inputs["labels"]
-    model.eval()
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
-            kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
-        layer = model.model.encoder.layers[0].self_attn.attn
-        assert layer.forward.__func__ is MultiScaleDeformableAttention.forward
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    drop_in_checks.perturbed(model, std=0.1)
+    expected = drop_in_checks.sgd(model, lambda model: model(**inputs).loss)
+    with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
+    layer = model.model.encoder.layers[0].self_attn.attn
+    assert layer.forward.__func__ is MultiScaleDeformableAttention.forward
+    got = drop_in_checks.sgd(model, lambda model: model(**inputs).loss)
+    drop_in_checks.assert_trained_alike(got, expected)
