@@ -147,7 +147,9 @@ def test_shapes_may_be_a_tensor_and_the_call_compiles(name):
         return NAMES[name](value, TENSOR, *points)
 
     torch.compiler.reset()
-    drop_in_checks.check(original, torch.compile(ours, backend="aot_eager"), nn.Module(), tensors())
+    drop_in_checks.check(
+        original, torch.compile(ours, fullgraph=True, backend="aot_eager"), nn.Module(), tensors()
+    )
 
 
 def test_one_graph_where_shapes_are_a_list():
@@ -320,7 +322,7 @@ def test_their_module_trains_with_the_installed_extension(name, in_fp32, monkeyp
     for precision in drop_in_checks.PRECISIONS:
         drop_in_checks.check(published_module, ours, module, given, precision)
     torch.compiler.reset()
-    compiled = torch.compile(ours, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     drop_in_checks.check(published_module, compiled, module, given)
 
 

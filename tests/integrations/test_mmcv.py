@@ -68,11 +68,10 @@ def test_patched_module_is_the_original(theirs, batch_first, coordinates, precis
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_patched_module_compiles(theirs, batch_first):
-    # Not in one graph: its shapes are a tensor, which the original, too, reads for its assertion.
     padding = torch.rand(BATCH, PIXELS) < 0.3
     original = functools.partial(call, padding)
     torch.compiler.reset()
-    compiled = torch.compile(original, backend="aot_eager")
+    compiled = torch.compile(original, fullgraph=True, backend="aot_eager")
 
     def ours(*arguments):
         with mmcv.patch_mmcv():
