@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tolerances import (
     DROP_IN_FP64_ULPS,
     DROP_IN_ULPS,
+    MODEL_LOSS_SHARE,
     assert_as_accurate_as_eager,
     assert_close_but_for_crossings,
+    assert_gradients_of_models_agree,
     assert_same_definition,
 )
 
@@ -23,6 +25,9 @@ PRECISIONS = ("fp64", "fp32", "bf16-autocast")
 
 # Takes the module and the tensors, returns a tensor or several.
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+# The losses, and the first gradient of each parameter.
+Training = tuple[list[float], dict[str, Tensor | None]]
 
 
 def results(
@@ -78,21 +83,52 @@ def check(
             assert_as_accurate_as_eager(name, got[name], eager[name], exact[name], DROP_IN_ULPS)
 
 
-def sgd_losses(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 2
-) -> list[float]:
-    """The losses before and after each of `steps` steps of SGD on a copy of the model."""
+def sgd(model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int = 2) -> Training:
+    """Steps of SGD on a copy of the model: the loss before and after each, the first gradients."""
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     losses = []
-    for _ in range(steps + 1):
+    gradients: dict[str, Tensor | None] = {}
+    for step in range(steps + 1):
         torch.manual_seed(0)  # the same dropout and denoising noise for everyone
         value = loss(model)
         losses.append(value.item())
         optimizer.zero_grad()
         value.backward()
+        if step == 0:
+            gradients = {
+                name: None if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+            }
         optimizer.step()
-    return losses
+    return losses, gradients
+
+
+def assert_trained_alike(got: Training, expected: Training) -> None:
+    """Holds losses and first gradients of `sgd` to another's."""
+    losses, gradients = expected
+    assert losses[0] != losses[-1]
+    torch.testing.assert_close(
+        torch.tensor(got[0]), torch.tensor(losses), rtol=MODEL_LOSS_SHARE, atol=0
+    )
+    whole = torch.stack([each.norm() for each in gradients.values() if each is not None]).norm()
+    for name, theirs in gradients.items():
+        ours = got[1][name]
+        assert (ours is None) == (theirs is None), f"{name}: only one of the two has a gradient"
+        if ours is not None and theirs is not None:
+            assert_gradients_of_models_agree(name, ours, theirs, whole)
+
+
+def check_training(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    patch: Callable[[], contextlib.AbstractContextManager[object]],
+) -> None:
+    """Holds two steps of training under the patch to the losses and gradients without."""
+    expected = sgd(model, loss)
+    with patch():
+        got = sgd(model, loss)
+    assert_trained_alike(got, expected)
 
 
 # --- originals of projects that no registry has -------------------------------------------------
@@ -176,7 +212,11 @@ def published_module(
 
 
 def perturbed(module: nn.Module, std: float = 0.2) -> nn.Module:
-    """The module with offsets and weights that depend on the query, as after training."""
-    for name in ("sampling_offsets", "attention_weights"):
-        nn.init.normal_(module.get_submodule(name).weight, std=std)
+    """The module or model with offsets and weights that depend on the query, as after training.
+
+    At first all points of an encoder are at pixels' centres, where gradients jump.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            nn.init.normal_(parameter, std=std)
     return module

@@ -104,6 +104,14 @@ def _integers(name: str, values: Sequence[object]) -> list[int]:
     return list(values)  # type: ignore[arg-type]
 
 
+def _holds(condition: bool, traced: bool) -> bool:
+    """The condition; of numbers that a graph will read, true and an assertion of the graph."""
+    if traced:
+        torch._check(condition)  # type: ignore[no-untyped-call]
+        return True
+    return condition
+
+
 def levels(
     spatial_shapes: SpatialShapes,
     level_start_index: Sequence[int] | Tensor | None,
@@ -111,11 +119,13 @@ def levels(
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Checks the level table and returns it as Python integers: (H, W) and first pixel of each.
 
-    A tensor is read back to the host: one synchronisation when it lies on a GPU.
+    A tensor is read back to the host: one synchronisation when it lies on a GPU. A compiled graph
+    that holds the reading asserts the same when it runs, with a RuntimeError.
 
     Raises:
         ValueError: the levels do not fill, or do not lie inside, the `pixels` of value.
     """
+    traced = False
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(
@@ -123,6 +133,7 @@ def levels(
             )
         if spatial_shapes.is_floating_point():
             raise ValueError(f"spatial_shapes: expected integers, got {spatial_shapes.dtype}")
+        traced = torch.compiler.is_compiling()
         rows = spatial_shapes.tolist()
     else:
         rows = list(spatial_shapes)
@@ -135,7 +146,7 @@ def levels(
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise ValueError(f"spatial_shapes[{level}]: expected (H, W), got {row!r}")
         height, width = _integers(f"spatial_shapes[{level}]", pair)
-        if height < 1 or width < 1:
+        if not (_holds(height >= 1, traced) and _holds(width >= 1, traced)):
             raise ValueError(f"spatial_shapes[{level}]: expected H, W >= 1, got {pair}")
         sizes.append((height, width))
 
@@ -144,7 +155,7 @@ def levels(
         for height, width in sizes:
             starts.append(total)
             total = total + height * width
-        if total != pixels:
+        if not _holds(total == pixels, traced):
             raise ValueError(
                 f"spatial_shapes: expected levels with {pixels} pixels in all "
                 f"(value.shape[1]), got {total} from {sizes}"
@@ -152,6 +163,7 @@ def levels(
         return sizes, starts
 
     if isinstance(level_start_index, Tensor):
+        traced = traced or torch.compiler.is_compiling()
         level_start_index = level_start_index.tolist()
     starts = _integers("level_start_index", list(level_start_index))
     if len(starts) != len(sizes):
@@ -160,7 +172,8 @@ def levels(
             f"got {len(starts)}"
         )
     for level, (start, (height, width)) in enumerate(zip(starts, sizes, strict=True)):
-        if start < 0 or start + height * width > pixels:
+        inside = _holds(start >= 0, traced) and _holds(start + height * width <= pixels, traced)
+        if not inside:
             raise ValueError(
                 f"level_start_index[{level}]: expected {height} x {width} pixels from it to lie "
                 f"inside value.shape[1] = {pixels}, got {start}"

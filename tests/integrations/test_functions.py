@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions under all their names, the compiled extension's shim, and patching."""
 
+import functools
 import importlib
 import sys
 import types
@@ -11,7 +12,7 @@ from torch import nn
 
 import drop_in_checks
 import oracles
-from vitadapter_ops.compat import functions, msda, rfdetr
+from vitadapter_ops.compat import deformable_detr, functions, kernels, msda, rfdetr
 from vitadapter_ops.compat._patch import Patch, Replacement
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
@@ -31,19 +32,32 @@ def original(module, value, locations, weights):
     return oracles.grid_sample(value, SHAPES, locations, weights)
 
 
-class TheirFunction(torch.autograd.Function):
-    """How repositories wrap the compiled extension."""
+def their_function(extension, in_fp32=False):
+    """How repositories wrap the compiled extension; some cast to fp32 under autocast."""
 
-    @staticmethod
-    def forward(ctx, value, shapes, starts, locations, weights, step):
-        ctx.step = step
-        ctx.save_for_backward(value, shapes, starts, locations, weights)
-        return msda.ms_deform_attn_forward(value, shapes, starts, locations, weights, step)
+    class TheirFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, shapes, starts, locations, weights, step):
+            ctx.step = step
+            ctx.save_for_backward(value, shapes, starts, locations, weights)
+            return extension.ms_deform_attn_forward(value, shapes, starts, locations, weights, step)
 
-    @staticmethod
-    def backward(ctx, grad):
-        value, locations, weights = msda.ms_deform_attn_backward(*ctx.saved_tensors, grad, ctx.step)
-        return value, None, None, locations, weights, None
+        @staticmethod
+        def backward(ctx, grad):
+            value, locations, weights = extension.ms_deform_attn_backward(
+                *ctx.saved_tensors, grad, ctx.step
+            )
+            return value, None, None, locations, weights, None
+
+    if in_fp32:
+        TheirFunction.forward = torch.amp.custom_fwd(
+            TheirFunction.forward, device_type="cpu", cast_inputs=torch.float32
+        )
+        TheirFunction.backward = torch.amp.custom_bwd(TheirFunction.backward, device_type="cpu")
+    return TheirFunction
+
+
+TheirFunction = their_function(msda)
 
 
 def rfdetr_core(value, shapes, locations, weights):
@@ -56,10 +70,23 @@ def rfdetr_core_merged(value, shapes, locations, weights):
     return rfdetr_core(value, None, locations.flatten(3, 4), weights)
 
 
+def layer(value, shapes, locations, weights):
+    return kernels.MultiScaleDeformableAttention()(
+        value, TENSOR, shapes, STARTS, locations, weights, 64
+    )
+
+
 def applied(function):
     return lambda value, shapes, *points: function.apply(value, TENSOR, STARTS, *points, 64)
 
 
+LIST_OF_SHAPES = (
+    "ms_deform_attn_core_pytorch",
+    "multi_scale_deformable_attn_pytorch",
+    "multi_scale_deformable_attention",
+    "deformable_attention_core_func",
+    "layer of the kernels package",
+)
 NAMES = {
     "MSDeformAttnFunction": applied(functions.MSDeformAttnFunction),
     "MultiScaleDeformableAttnFunction": applied(functions.MultiScaleDeformableAttnFunction),
@@ -67,27 +94,51 @@ NAMES = {
         functions.MultiScaleDeformableAttentionFunction
     ),
     "extension": applied(TheirFunction),
+    "extension-in-fp32": applied(their_function(msda, in_fp32=True)),
     "rfdetr": rfdetr_core,
     "rfdetr-merged": rfdetr_core_merged,
-    **{
-        name: getattr(functions, name)
-        for name in (
-            "ms_deform_attn_core_pytorch",
-            "multi_scale_deformable_attn_pytorch",
-            "multi_scale_deformable_attention",
-            "deformable_attention_core_func",
-        )
-    },
+    "layer of the kernels package": layer,
+    **{name: getattr(functions, name) for name in LIST_OF_SHAPES if hasattr(functions, name)},
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_outputs_and_gradients_are_the_originals(name, precision):
     def ours(module, value, *points):
         return NAMES[name](value, SHAPES, *points)
 
     drop_in_checks.check(original, ours, nn.Module(), tensors(), precision)
+
+
+def module_sampling_with(function, module, query, value, reference):
+    """Deformable DETR's module around a function: with autocast, tensors of several dtypes."""
+    shape = (BATCH, QUERIES, HEADS, 3, POINTS)
+    offsets = module.sampling_offsets(query).view(*shape, 2)
+    weights = module.attention_weights(query).view(*shape[:3], -1).softmax(-1).view(shape)
+    locations = reference[:, :, None, :, None] + offsets / TENSOR.flip(1)[:, None]
+    value = module.value_proj(value).view(BATCH, PIXELS, HEADS, WIDTH)
+    return module.output_proj(function(value, SHAPES, locations, weights))
+
+
+def published_module(module, query, value, reference):
+    return drop_in_checks.published_module(
+        module, query, value, reference, SHAPES, HEADS, [POINTS] * 3
+    )
+
+
+def module_and_tensors():
+    module = deformable_detr.MSDeformAttn(HEADS * WIDTH, 3, HEADS, POINTS)
+    query = torch.randn(BATCH, QUERIES, HEADS * WIDTH)
+    value = torch.randn(BATCH, PIXELS, HEADS * WIDTH)
+    reference = torch.rand(BATCH, QUERIES, 3, 2)
+    return drop_in_checks.perturbed(module), (query, value, reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_in_a_module_under_autocast(name):
+    ours = functools.partial(module_sampling_with, NAMES[name])
+    drop_in_checks.check(published_module, ours, *module_and_tensors(), "bf16-autocast")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,16 +147,20 @@ def test_shapes_may_be_a_tensor_and_the_call_compiles(name):
         return NAMES[name](value, TENSOR, *points)
 
     torch.compiler.reset()
-    drop_in_checks.check(original, torch.compile(ours, backend="aot_eager"), nn.Module(), tensors())
+    drop_in_checks.check(
+        original, torch.compile(ours, fullgraph=True, backend="aot_eager"), nn.Module(), tensors()
+    )
 
 
 def test_one_graph_where_shapes_are_a_list():
-    torch.compiler.reset()
-    compiled = torch.compile(functions.ms_deform_attn_core_pytorch, fullgraph=True)
     value, *points = tensors()
-    torch.testing.assert_close(
-        compiled(value, SHAPES, *points), oracles.grid_sample(value, SHAPES, *points)
-    )
+    expected = oracles.grid_sample(value, SHAPES, *points)
+    torch.compiler.reset()
+    inductor = torch.compile(functions.ms_deform_attn_core_pytorch, fullgraph=True)
+    torch.testing.assert_close(inductor(value, SHAPES, *points), expected)
+    for name in LIST_OF_SHAPES:
+        compiled = torch.compile(NAMES[name], fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(value, SHAPES, *points), expected, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -182,6 +237,19 @@ def test_levels_with_their_own_points(function, method, same_as, precision):
     drop_in_checks.check(original_many(same_as), ours, nn.Module(), many(), precision)
 
 
+@pytest.mark.parametrize("method", ["default", "discrete"])
+@pytest.mark.parametrize(
+    "function",
+    [functions.deformable_attention_core_func_v2, functions.multi_scale_deformable_attention_v2],
+)
+def test_levels_with_their_own_points_in_one_graph(function, method):
+    value, locations, logits = many()
+    arguments = (value, SHAPES, locations, logits.softmax(-1), MANY, method)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
 def test_value_as_a_list_of_levels():
     value, locations, logits = many()
     levels = value.permute(0, 2, 3, 1).split([40, 12, 4], -1)
@@ -232,6 +300,32 @@ def test_extension_inside_a_package(package, monkeypatch):
     assert sys.modules[f"{package}._C"] is before
 
 
+@pytest.mark.parametrize(
+    ("name", "in_fp32"),
+    [
+        ("MultiScaleDeformableAttention", False),
+        ("MultiScaleDeformableAttention", True),
+        ("groundingdino._C", False),
+        ("detrex._C", False),
+    ],
+)
+def test_their_module_trains_with_the_installed_extension(name, in_fp32, monkeypatch):
+    package, _, inner = name.rpartition(".")
+    if package:
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    namespace = {}
+    with msda.install(name):
+        exec(f"from {package} import {inner}" if package else f"import {inner}", namespace)
+    their = applied(their_function(namespace[inner], in_fp32))
+    ours = functools.partial(module_sampling_with, their)
+    module, given = module_and_tensors()
+    for precision in drop_in_checks.PRECISIONS:
+        drop_in_checks.check(published_module, ours, module, given, precision)
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    drop_in_checks.check(published_module, compiled, module, given)
+
+
 # --- patching
 
 
@@ -256,6 +350,18 @@ def test_patch_module_replaces_known_names_and_restores_the_same_objects():
         ]
     assert module.ms_deform_attn_core_pytorch is original
     assert module.MSDeformAttnFunction is TheirFunction
+
+
+def test_a_model_that_calls_a_patched_module_trains_alike():
+    module = copied_module()
+    module.ms_deform_attn_core_pytorch = oracles.grid_sample
+    model, given = module_and_tensors()
+
+    def loss(model):
+        function = module.ms_deform_attn_core_pytorch
+        return module_sampling_with(function, model, *given).square().mean()
+
+    drop_in_checks.check_training(model, loss, lambda: functions.patch_module(module))
 
 
 def test_patch_module_needs_something_to_replace():

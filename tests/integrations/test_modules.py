@@ -173,7 +173,7 @@ def test_one_reference_point_serves_all_levels(entry):
 def test_compiled_module_equals_eager(entry):
     module, padding = entry.module(), mask()
     torch.compiler.reset()
-    compiled = torch.compile(entry.ours(padding), backend="aot_eager")
+    compiled = torch.compile(entry.ours(padding), fullgraph=True, backend="aot_eager")
     drop_in_checks.check(entry.ours(padding), compiled, module, tensors(4))
 
 
@@ -295,3 +295,7 @@ def test_packed_locations_and_logits(precision):
         )
 
     drop_in_checks.check(original, ours, torch.nn.Module(), (value, locations, logits), precision)
+    if precision == "fp32":
+        torch.compiler.reset()
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        drop_in_checks.check(original, compiled, torch.nn.Module(), (value, locations, logits))

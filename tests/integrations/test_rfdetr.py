@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """RF-DETR's attention with its own function and with ours."""
 
+import functools
+import importlib
+
 import pytest
 import torch
 
 import drop_in_checks
 from optional import require_integration
-from vitadapter_ops.compat import rfdetr
+from vitadapter_ops.compat import deformable_detr, rfdetr
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
+STARTS = torch.tensor([0, 40, 52])
 PIXELS, BATCH, QUERIES, WIDTH, HEADS = 56, 2, 7, 24, 3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -24,9 +28,7 @@ def attention(theirs):
 
 
 def call(padding, module, query, value, reference):
-    return module(
-        query, reference, value, torch.tensor(SHAPES), torch.tensor([0, 40, 52]), padding, SHAPES
-    )
+    return module(query, reference, value, torch.tensor(SHAPES), STARTS, padding, SHAPES)
 
 
 def tensors(coordinates, levels=3):
@@ -49,25 +51,54 @@ def test_patched_module_is_the_original(theirs, coordinates, levels, precision):
     drop_in_checks.check(original, ours, attention(theirs), tensors(coordinates, levels), precision)
 
 
-def test_two_steps_of_training_have_the_losses_of_the_original(theirs):
-    module, arguments = attention(theirs), tensors(4)
+def test_two_steps_of_training_a_decoder_are_the_originals(theirs):
+    transformer = importlib.import_module("rfdetr.models.transformer")
+    model = transformer.Transformer(
+        d_model=WIDTH, sa_nhead=HEADS, ca_nhead=HEADS, num_queries=QUERIES, num_decoder_layers=2,
+        dim_feedforward=48, return_intermediate_dec=True, group_detr=2, num_feature_levels=3,
+        dec_n_points=2, lite_refpoint_refine=True, bbox_reparam=True,
+    )  # fmt: skip
+    model.decoder.bbox_embed = None  # what LWDETR sets with lite_refpoint_refine
+    drop_in_checks.perturbed(model)
+    maps = [torch.randn(BATCH, WIDTH, *shape) for shape in SHAPES]
+    masks = [torch.rand(BATCH, *shape) < 0.2 for shape in SHAPES]
+    positions = [torch.randn_like(each) for each in maps]
+    boxes, queries = torch.rand(2 * QUERIES, 4), torch.randn(2 * QUERIES, WIDTH)
+    target = torch.randn(2, BATCH, 2 * QUERIES, WIDTH)
 
     def loss(model):
-        return call(None, model, *arguments).square().mean()
+        hidden_states, *_ = model(maps, masks, positions, boxes, queries)
+        return (hidden_states - target).square().mean()
 
-    original = drop_in_checks.sgd_losses(module, loss)
-    with rfdetr.patch_rfdetr():
-        ours = drop_in_checks.sgd_losses(module, loss)
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
+    drop_in_checks.check_training(model, loss, rfdetr.patch_rfdetr)
 
 
-def test_compiled_in_one_graph(theirs):
-    module, arguments = attention(theirs), tensors(4)
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_compiled_in_one_graph(theirs, masked):
+    padding = torch.rand(BATCH, PIXELS) < 0.3 if masked else None
+    original = functools.partial(call, padding)
     torch.compiler.reset()
+    compiled = torch.compile(original, fullgraph=True, backend="aot_eager")
+
+    def ours(*arguments):
+        with rfdetr.patch_rfdetr():
+            return compiled(*arguments)
+
+    drop_in_checks.check(original, ours, attention(theirs), tensors(4))
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["patched", "ours"])
+def test_state_travels_and_gives_the_same_output(theirs, ours):
+    module, arguments = attention(theirs), tensors(4)
+    padding = torch.rand(BATCH, PIXELS) < 0.3
+    expected = call(padding, module, *arguments)
     with rfdetr.patch_rfdetr():
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        got = compiled(None, module, *arguments)
-    torch.testing.assert_close(got, call(None, module, *arguments), rtol=1e-4, atol=1e-5)
+        other = (deformable_detr if ours else theirs).MSDeformAttn(WIDTH, 3, HEADS, 4)
+        other.load_state_dict(module.state_dict(), strict=True)
+        query, value, reference = arguments
+        got = other(query, reference, value, torch.tensor(SHAPES), STARTS, padding)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    module.load_state_dict(other.state_dict(), strict=True)
 
 
 def test_export_mode_keeps_the_originals_graph(theirs):

@@ -29,6 +29,7 @@ def transformers():
 # DETA left transformers before the releases with which our torch works.
 INSTALLED = [name for name in MODELS if name != "deta"]
 PER_LEVEL = ("d_fine", "deimv2", "rt_detr_v2")
+NO_PROJECTIONS = ("d_fine", "deimv2")
 PADDING_IS_TRUE = ("mask2former", "oneformer")
 
 
@@ -87,27 +88,28 @@ def call(name, padding, module, query, value, reference, position=None):
     }
     if name == "mask2former":
         del arguments["spatial_shapes"]
-    if name in ("d_fine", "deimv2"):
+    if name in NO_PROJECTIONS:
         del arguments["level_start_index"], arguments["position_embeddings"]
+        if padding is not None:  # a mask of [B, S] does not fit their values
+            arguments["attention_mask"] = arguments["attention_mask"].unsqueeze(-1)
     return module(**arguments)
 
 
-def tensors(name, coordinates):
-    # RT-DETRv2 and D-FINE hand one box to all levels, and add points to references wrongly.
-    levels = 1 if name in PER_LEVEL else 3
+def tensors(name, coordinates, levels=None):
+    # RT-DETRv2 and D-FINE hand one box to all levels.
+    levels = levels or (1 if name in PER_LEVEL else 3)
     made = [
         torch.randn(BATCH, QUERIES, WIDTH),
         torch.randn(BATCH, PIXELS, WIDTH),
         torch.rand(BATCH, QUERIES, levels, coordinates) * 0.8 + 0.1,
     ]
-    if name not in ("d_fine", "deimv2"):
+    if name not in NO_PROJECTIONS:
         made.append(torch.randn(BATCH, QUERIES, WIDTH))
     return made
 
 
-def padding(name):
-    # D-FINE's and DEIMv2's own masks do not fit their values.
-    return None if name in ("d_fine", "deimv2") else torch.rand(BATCH, PIXELS) < 0.3
+def padding():
+    return torch.rand(BATCH, PIXELS) < 0.3
 
 
 def both(name, padding=None):
@@ -130,16 +132,18 @@ CASES = [
 @pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
 @pytest.mark.parametrize(("name", "coordinates"), CASES)
 def test_modules_return_the_same_output_and_weights(name, coordinates, precision):
-    original, ours = both(name, padding(name))
+    original, ours = both(name, padding())
     drop_in_checks.check(original, ours, attention(name), tensors(name, coordinates), precision)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("name", INSTALLED)
-def test_modules_without_a_mask_and_compiled(name):
-    original, ours = both(name)
+def test_modules_with_and_without_a_mask_and_compiled(name, masked):
+    mask = padding() if masked else None
+    original, ours = both(name, mask)
     torch.compiler.reset()
     compiled = torch.compile(
-        functools.partial(call, name, None), fullgraph=True, backend="aot_eager"
+        functools.partial(call, name, mask), fullgraph=True, backend="aot_eager"
     )
 
     def compiled_ours(*arguments):
@@ -151,8 +155,65 @@ def test_modules_without_a_mask_and_compiled(name):
     drop_in_checks.check(original, compiled_ours, module, given)
 
 
+def published(name, points, padding, module, query, value, reference, position=None):
+    """What a module of PER_LEVEL means to compute, also where its own code fails."""
+    query = query if position is None else query + position
+    logits = drop_in_checks.linear(module, "attention_weights", query)
+    output = drop_in_checks.published_module(
+        module, query, value, reference, SHAPES, HEADS, points, padding,
+        method=getattr(module, "method", getattr(module, "decoder_method", None)),
+    )  # fmt: skip
+    return output, logits.view(BATCH, QUERIES, HEADS, -1).softmax(-1)
+
+
+@pytest.mark.parametrize("precision", drop_in_checks.PRECISIONS)
+@pytest.mark.parametrize("method", ["default", "discrete"])
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("name", PER_LEVEL)
+def test_reference_points_of_modules_that_take_boxes_only(name, levels, method, precision):
+    points = POINTS if name == "rt_detr_v2" else [3, 6, 2]
+    module, given = attention(name, points, method), tensors(name, 2, levels)
+    mask = padding()
+    original, ours = both(name, mask)
+    with pytest.raises((RuntimeError, ValueError)):  # six dimensions, where five are expected
+        original(module, *given)
+    each = [POINTS] * 3 if name == "rt_detr_v2" else points
+    intended = functools.partial(published, name, each, mask)
+    drop_in_checks.check(intended, ours, module, given, precision)
+
+
+@pytest.mark.parametrize("name", PER_LEVEL)
+def test_a_box_for_each_level(name):
+    # The originals take it where each level has one point; two coordinates not even there.
+    original, ours = both(name, padding())
+    module = attention(name, points=1)
+    drop_in_checks.check(original, ours, module, tensors(name, 4, levels=3))
+    with pytest.raises((RuntimeError, ValueError)):
+        original(module, *tensors(name, 2, levels=3))
+
+
+@pytest.mark.parametrize("name", NO_PROJECTIONS)
+def test_a_mask_as_the_other_models_pass_it(name):
+    mask, module = padding(), attention(name)
+    query, value, reference = tensors(name, 4)
+
+    def forward():
+        return module(
+            query, attention_mask=~mask, reference_points=reference, encoder_hidden_states=value,
+            spatial_shapes=TENSOR, spatial_shapes_list=SHAPES,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError):
+        forward()
+    with patch_transformers(name):
+        for mine, theirs in zip(
+            forward(), call(name, mask, module, query, value, reference), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("name", ["d_fine", "deimv2"])
+@pytest.mark.parametrize("name", NO_PROJECTIONS)
 def test_levels_with_their_own_points(name, precision):
     original, ours = both(name)
     # In fp64 powers of two: the originals keep 1 / points in fp32.
@@ -162,7 +223,7 @@ def test_levels_with_their_own_points(name, precision):
 
 @pytest.mark.parametrize("name", PER_LEVEL)
 def test_discrete_sampling(name):
-    original, ours = both(name, padding(name))
+    original, ours = both(name, padding())
     module = attention(name, method="discrete")
     # Offsets get no gradient rather than one of zero, which optimizers would act on.
     drop_in_checks.check(original, ours, module, tensors(name, 4))
@@ -210,24 +271,18 @@ def test_names_are_checked():
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_two_steps_of_a_module_have_the_losses_of_the_original(name):
-    original, ours = both(name, padding(name))
+    original, _ = both(name, padding())
     module, given = attention(name), tensors(name, 4)
 
-    def losses(function):
-        return drop_in_checks.sgd_losses(
-            module, lambda model: function(model, *given)[0].square().mean()
-        )
+    def loss(model):
+        return original(model, *given)[0].square().mean()
 
-    expected = losses(original)
-    assert expected[0] != expected[-1]
-    torch.testing.assert_close(
-        torch.tensor(losses(ours)), torch.tensor(expected), rtol=1e-4, atol=0
-    )
+    drop_in_checks.check_training(module, loss, functools.partial(patch_transformers, name))
 
 
 def test_arguments_may_be_positional():
     module, (query, value, reference, position) = attention("oneformer"), tensors("oneformer", 2)
-    arguments = (query, padding("oneformer"), value, None, position, reference, TENSOR, STARTS)
+    arguments = (query, padding(), value, None, position, reference, TENSOR, STARTS)
     arguments += (False, SHAPES)
     expected = module(*arguments)
     with patch_transformers("oneformer"):
@@ -311,12 +366,13 @@ def deformable_detr():
     return model, {"pixel_values": images(), "pixel_mask": padded(), "labels": labels()}
 
 
-def rt_detr(version):
+def rt_detr(prefix, **changes):
+    """RT-DETR and those that are built like it."""
     import transformers
 
-    prefix = {"rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2", "d_fine": "DFine"}[version]
     sizes = {
         "backbone_config": backbone(),
+        "d_model": 32,
         "encoder_hidden_dim": 32,
         "encoder_in_channels": [12, 16, 20],
         "feat_strides": [8, 16, 32],
@@ -331,11 +387,53 @@ def rt_detr(version):
         "num_denoising": 4,
         "attn_implementation": "eager",
     }
-    if version == "d_fine":
-        sizes |= {"decoder_n_points": [3, 6, 3], "hidden_expansion": 0.5, "eval_idx": -1}
-    config = getattr(transformers, f"{prefix}Config")(d_model=32, **sizes)
+    config = getattr(transformers, f"{prefix}Config")(**sizes | changes)
     model = getattr(transformers, f"{prefix}ForObjectDetection")(config)
-    return model, {"pixel_values": images(), "labels": labels()}
+    inputs = {"pixel_values": images()}
+    # The models of document layouts refuse labels.
+    return model, inputs if prefix.startswith("PPDocLayout") else {**inputs, "labels": labels()}
+
+
+def pp_doclayout_v2():
+    reading_order = {
+        "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48,
+        "num_hidden_layers": 1, "coordinate_size": 6, "shape_size": 4, "num_classes": 5,
+        "relation_bias_embed_dim": 4, "global_pointer_head_size": 8,
+    }  # fmt: skip
+    return rt_detr(
+        "PPDocLayoutV2",
+        reading_order_config=reading_order,
+        class_thresholds=[0.0] * 5,
+        class_order=list(range(5)),
+    )
+
+
+def pp_doclayout_v3():
+    return rt_detr(
+        "PPDocLayoutV3",
+        backbone_config=backbone(("stage1", "stage2", "stage3", "stage4")),
+        mask_feature_channels=[8, 8],
+        x4_feat_dim=8,
+        num_prototypes=4,
+        global_pointer_head_size=8,
+    )
+
+
+def lw_detr(prefix, backbone, **changes):
+    """LW-DETR and RF-DETR: a plain ViT with windows, and boxes in two stages."""
+    import transformers
+
+    vit = getattr(transformers, f"{prefix}{backbone}Config")(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8,
+        num_windows=4 if prefix == "LwDetr" else 2, out_indices=[1, 2],
+    )  # fmt: skip
+    config = getattr(transformers, f"{prefix}Config")(
+        backbone_config=vit, d_model=32, decoder_ffn_dim=48, decoder_layers=2,
+        decoder_self_attention_heads=4, decoder_cross_attention_heads=4, num_queries=10,
+        group_detr=2, num_labels=5, c2f_num_blocks=1, attn_implementation="eager", **changes,
+    )  # fmt: skip
+    model = getattr(transformers, f"{prefix}ForObjectDetection")(config)
+    return model, {"pixel_values": images(64, 64), "labels": labels()}
 
 
 def mask2former():
@@ -386,7 +484,8 @@ def oneformer():
 
     config = OneFormerConfig(
         backbone_config=backbone(("stage1", "stage2", "stage3", "stage4")),
-        conv_dim=32, mask_dim=32, hidden_dim=64, encoder_feedforward_dim=48, dim_feedforward=48,
+        # As wide as the decoder: a projection between them is in no state_dict, and random anew.
+        conv_dim=64, mask_dim=64, hidden_dim=64, encoder_feedforward_dim=48, dim_feedforward=48,
         encoder_layers=2, decoder_layers=3, num_attention_heads=4, num_queries=6, num_labels=5,
         train_num_points=64, is_training=True, task_seq_len=8, text_encoder_width=64,
         text_encoder_context_length=8, text_encoder_num_layers=1, text_encoder_vocab_size=100,
@@ -435,17 +534,28 @@ def omdet_turbo():
     }
 
 
+D_FINE = {"decoder_n_points": [3, 6, 3], "hidden_expansion": 0.5, "eval_idx": -1}
 WHOLE = {
     "deformable_detr": deformable_detr,
-    "rt_detr": functools.partial(rt_detr, "rt_detr"),
-    "rt_detr_v2": functools.partial(rt_detr, "rt_detr_v2"),
-    "d_fine": functools.partial(rt_detr, "d_fine"),
+    "rt_detr": functools.partial(rt_detr, "RTDetr"),
+    "rt_detr_v2": functools.partial(rt_detr, "RTDetrV2"),
+    "d_fine": functools.partial(rt_detr, "DFine", **D_FINE),
+    "deimv2": functools.partial(rt_detr, "Deimv2", **D_FINE),
+    "pp_doclayout_v2": pp_doclayout_v2,
+    "pp_doclayout_v3": pp_doclayout_v3,
+    "pp_doclayout_v4": functools.partial(
+        rt_detr, "PPDocLayoutV4", hidden_size=32, global_pointer_head_size=8
+    ),
+    "lw_detr": functools.partial(lw_detr, "LwDetr", "ViT", projector_scale_factors=[2.0, 0.5]),
+    "rf_detr": functools.partial(lw_detr, "RfDetr", "Dinov2"),
     "mask2former": mask2former,
     "grounding_dino": grounding_dino,
     "mm_grounding_dino": functools.partial(grounding_dino, "MMGroundingDino"),
     "omdet_turbo": omdet_turbo,
     "oneformer": oneformer,
 }
+# What the models without a loss return.
+PREDICTIONS = ("logits", "pred_boxes", "decoder_class_logits", "decoder_coord_logits")
 
 
 @pytest.fixture(params=WHOLE)
@@ -453,10 +563,7 @@ def whole(request):
     require_integration("scipy")  # the matcher of the losses
     torch.manual_seed(0)
     model, inputs = WHOLE[request.param]()
-    for name, parameter in model.named_parameters():
-        if "sampling_offsets.weight" in name or "attention_weights.weight" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return request.param, model, inputs
+    return request.param, drop_in_checks.perturbed(model, std=0.1), inputs
 
 
 def test_two_steps_of_training_have_the_losses_of_the_original(whole):
@@ -464,17 +571,11 @@ def test_two_steps_of_training_have_the_losses_of_the_original(whole):
 
     def loss(model):
         output = model(**inputs)
-        if name == "omdet_turbo":  # it has no loss
-            return output.decoder_coord_logits.square().mean() + (
-                output.decoder_class_logits.square().mean()
-            )
+        if output.get("loss") is None:  # some cannot train
+            return sum(output[each].square().mean() for each in output if each in PREDICTIONS)
         return output.loss
 
-    original = drop_in_checks.sgd_losses(model, loss)
-    with patch_transformers(name):
-        ours = drop_in_checks.sgd_losses(model, loss)
-    assert original[0] != original[-1]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(original), rtol=1e-4, atol=0)
+    drop_in_checks.check_training(model, loss, functools.partial(patch_transformers, name))
 
 
 def test_state_dict_and_outputs_are_the_originals(whole):
@@ -488,8 +589,6 @@ def test_state_dict_and_outputs_are_the_originals(whole):
             other, _ = WHOLE[name]()
             assert list(other.state_dict()) == keys
             other.load_state_dict(model.state_dict())
-            if name == "oneformer":  # unpatched, too, its decoder is not the same after loading
-                other = model
             got = other.eval()(**inputs)
     compared = 0
     for key, value in expected.items():
@@ -525,12 +624,11 @@ def test_kernels_package_takes_our_layer(monkeypatch):
     name = "MultiScaleDeformableAttention"
     monkeypatch.setattr(original, "kernel_layer_name", name, raising=False)
     model, inputs = deformable_detr()
-    del inputs["labels"]
-    model.eval()
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
-            kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
-        layer = model.model.encoder.layers[0].self_attn.attn
-        assert layer.forward.__func__ is MultiScaleDeformableAttention.forward
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    drop_in_checks.perturbed(model, std=0.1)
+    expected = drop_in_checks.sgd(model, lambda model: model(**inputs).loss)
+    with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
+    layer = model.model.encoder.layers[0].self_attn.attn
+    assert layer.forward.__func__ is MultiScaleDeformableAttention.forward
+    got = drop_in_checks.sgd(model, lambda model: model(**inputs).loss)
+    drop_in_checks.assert_trained_alike(got, expected)

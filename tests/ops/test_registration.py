@@ -163,6 +163,44 @@ def test_compile_fullgraph_of_the_module_with_inductor():
         torch.testing.assert_close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("with_starts", [False, True], ids=["in order", "with starts"])
+def test_compile_fullgraph_reads_a_tensor_of_shapes(with_starts):
+    torch._dynamo.reset()
+    value, locations = torch.randn(1, 24, 2, 4, requires_grad=True), torch.rand(1, 5, 2, 2, 3, 2)
+    weights = torch.rand(1, 5, 2, 2, 3)
+
+    def sample(shapes, starts):
+        return ms_deform_attn(value, shapes, locations, weights, level_start_index=starts)
+
+    compiled = torch.compile(sample, fullgraph=True, backend="aot_eager")
+    starts = torch.tensor([0, 12]) if with_starts else None
+    for table in ([(3, 4), (6, 2)], [(2, 6), (4, 3)]):
+        with torch.compiler.set_stance("fail_on_recompile" if table[0] == (2, 6) else "default"):
+            got = compiled(torch.tensor(table), starts)
+        expected = sample(table, None)
+        torch.testing.assert_close(got, expected)
+        (grad,) = torch.autograd.grad(got.sin().sum(), value)
+        (expected_grad,) = torch.autograd.grad(expected.sin().sum(), value)
+        torch.testing.assert_close(grad, expected_grad)
+    # What eager calls check before they run, the graph asserts before it reads beyond the value.
+    for table in ([(3, 4), (6, 3)], [(3, 4), (-6, -2)], [(300, 4), (6, 2)]):
+        with pytest.raises(RuntimeError, match=r"Runtime assertion failed"):
+            compiled(torch.tensor(table), starts)
+    if with_starts:
+        for wrong in ([0, 13], [-1, 12]):
+            with pytest.raises(RuntimeError, match=r"Runtime assertion failed"):
+                compiled(torch.tensor([(3, 4), (6, 2)]), torch.tensor(wrong))
+
+
+def test_export_reads_a_tensor_of_shapes():
+    module = MSDeformAttn(d_model=24, n_levels=2, n_heads=3, n_points=2).eval()
+    given = (torch.randn(1, 5, 24), torch.rand(1, 5, 1, 2), torch.randn(1, 24, 24))
+    program = torch.export.export(module, (*given, torch.tensor([(3, 4), (6, 2)])))
+    for table in ([(3, 4), (6, 2)], [(2, 6), (4, 3)]):
+        got = program.module()(*given, torch.tensor(table))
+        torch.testing.assert_close(got, module(*given, table))
+
+
 def test_export_keeps_the_operator():
     module = MSDeformAttn(d_model=24, n_levels=1, n_heads=3, n_points=2).eval()
     arguments = (torch.randn(1, 5, 24), torch.rand(1, 5, 1, 2), torch.randn(1, 12, 24), [(3, 4)])

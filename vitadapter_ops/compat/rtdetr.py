@@ -5,8 +5,8 @@
     from vitadapter_ops.compat.rtdetr import DFineMSDeformableAttention     # D-FINE, DEIM
 
 Constructor, forward and state_dict are those of the originals, the buffer `num_points_scale`
-included. The originals' 2-d branch works only where every level has one point; here it works for
-all, and with a level table that differs from one image size to the next.
+included. The originals' branch for 2-d references fails, as it makes locations of six dimensions
+for a function of five; here it works.
 """
 
 from __future__ import annotations

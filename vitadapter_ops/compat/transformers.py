@@ -81,6 +81,8 @@ def _forward(original: Forward, mask_is_padding: bool) -> Forward:
         padding = given.get("attention_mask")
         if padding is not None and not mask_is_padding:
             padding = ~padding.to(torch.bool)
+        if padding is not None and padding.dim() == 3:
+            padding = padding.squeeze(2)  # [B, S, 1], all that D-FINE's and DEIMv2's own take
         return _attention(self, hidden_states, value, padding, reference_points, shapes)
 
     return forward
