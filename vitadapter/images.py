@@ -53,10 +53,11 @@ def crop(
 def corner(x: Tensor, height: int, width: int) -> Tensor:
     """The top left height x width pixels of x [B, H, W, C].
 
-    A view; but torch.compile asks of every view of symbolic size whether it is all of x, and
-    compiles again when the answer changes. It gets a copy, of which Inductor makes a part of what
-    computes x, and whose gradient is padding.
+    A view; but torch.compile and torch.export ask of every view of symbolic size whether it is all
+    of x, and their graphs hold for that answer only. They get a copy, of which Inductor makes a
+    part of what computes x, and whose gradient is padding.
     """
-    if torch.compiler.is_dynamo_compiling():
+    symbolic = any(isinstance(size, torch.SymInt) for size in x.shape)
+    if symbolic or torch.compiler.is_dynamo_compiling():
         return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     return x[:, :height, :width]

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vitadapter
@@ -24,6 +27,7 @@ SMALL = {
     "drop_path_rate": 0.0,
 }
 RANKS = 2
+DIMS = (0, 2, 3)  # of what a batch norm averages over
 
 
 def build() -> nn.Module:
@@ -42,7 +46,8 @@ def global_batch() -> Tensor:
 
 def loss_of(model: nn.Module, images: Tensor) -> Tensor:
     """A mean over the batch, so that the mean over ranks is that of the whole batch."""
-    return sum((index + 1) * m.sin().mean() for index, m in enumerate(model(images)))
+    maps = model(images)
+    return sum((index + 1) * m.sin().sum((1, 2, 3)).mean() for index, m in enumerate(maps))
 
 
 def step(model: nn.Module, images: Tensor) -> None:
@@ -51,16 +56,68 @@ def step(model: nn.Module, images: Tensor) -> None:
     optimizer.step()
 
 
-class _GlooSyncBatchNorm(nn.BatchNorm2d):
-    """In the place of SyncBatchNorm, which refuses CPUs: batch statistics over all ranks."""
+# What torch.nn.SyncBatchNorm calls, and torch has for GPUs only. Its module, autograd function and
+# collectives then run as they are. x is [B, C, H, W].
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        mean = distributed.all_reduce(x.mean((0, 2, 3), keepdim=True)) / RANKS
-        variance = distributed.all_reduce((x - mean).square().mean((0, 2, 3), keepdim=True)) / RANKS
-        x = (x - mean) / (variance + self.eps).sqrt()
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+def batch_norm_stats(x, eps):
+    """Mean and 1 / standard deviation of this rank's channels."""
+    return x.mean(DIMS), (x.var(DIMS, correction=0) + eps).rsqrt()
+
+
+def batch_norm_gather_stats_with_counts(x, means, invstds, mean, var, momentum, eps, counts):
+    """The same of all ranks together, from those of each; updates the running ones."""
+    share = (counts / counts.sum())[:, None]
+    all_mean = (share * means).sum(0)
+    all_var = (share * (invstds**-2 - eps + means**2)).sum(0) - all_mean**2
+    mean.lerp_(all_mean, momentum)
+    var.lerp_(all_var * counts.sum() / (counts.sum() - 1), momentum)
+    return all_mean, (all_var + eps).rsqrt()
+
+
+def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+    """Normalises."""
+    return (x - _map(mean)) * _map(invstd * weight) + _map(bias)
+
+
+def batch_norm_backward_reduce(grad, x, mean, invstd, weight, *needed):
+    """Sums over this rank, and the gradients of weight and bias."""
+    grad_bias, product = grad.sum(DIMS), (grad * (x - _map(mean))).sum(DIMS)
+    return grad_bias, product, product * invstd, grad_bias
+
+
+def batch_norm_backward_elemt(grad, x, mean, invstd, weight, grad_sum, product, counts):
+    """The gradient of x from the sums over all ranks."""
+    constant, slope = grad_sum / counts.sum(), invstd**2 * product / counts.sum()
+    return (grad - _map(constant) - (x - _map(mean)) * _map(slope)) * _map(invstd * weight)
+
+
+def _map(channels: Tensor) -> Tensor:
+    return channels[:, None, None]
+
+
+@contextmanager
+def _sync_batch_norm_on_cpu() -> Iterator[None]:
+    """Lets torch.nn.SyncBatchNorm run on a CPU, which it and DistributedDataParallel refuse."""
+    library = torch.library.Library("aten", "IMPL")
+    for function in (
+        batch_norm_stats,
+        batch_norm_gather_stats_with_counts,
+        batch_norm_elemt,
+        batch_norm_backward_reduce,
+        batch_norm_backward_elemt,
+    ):
+        library.impl(function.__name__, function, "CPU")
+    forward = nn.SyncBatchNorm.forward
+
+    def on_cpu(module: nn.Module, x: Tensor) -> Tensor:
+        # Besides GPUs it takes the type of device that a plug-in of torch names.
+        with mock.patch("torch._C._get_privateuse1_backend_name", return_value="cpu"):
+            return forward(module, x)
+
+    check = mock.patch.object(DistributedDataParallel, "_passing_sync_batchnorm_handle")
+    with check, mock.patch.object(nn.SyncBatchNorm, "forward", on_cpu):
+        yield
 
 
 def _join(rank: int, folder: Path) -> None:
@@ -70,16 +127,13 @@ def _join(rank: int, folder: Path) -> None:
 
 
 def data_parallel(rank: int, folder: Path) -> None:
-    """One step under DistributedDataParallel; rank 0 saves the weights after it."""
+    """One step under DistributedDataParallel; rank 0 saves the state after it."""
     _join(rank, folder)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
-    for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _GlooSyncBatchNorm
-    wrapped = DistributedDataParallel(model)
-    step(wrapped, global_batch().chunk(RANKS)[rank])
+    with _sync_batch_norm_on_cpu():
+        step(DistributedDataParallel(model), global_batch().chunk(RANKS)[rank])
     if rank == 0:
-        torch.save(dict(model.named_parameters()), folder / "weights.pth")
+        torch.save(model.state_dict(), folder / "state.pth")
     dist.destroy_process_group()
 
 
@@ -94,7 +148,10 @@ def fully_sharded(rank: int, folder: Path) -> None:
     for part in (*model.blocks, *model.interactions, model):
         fully_shard(part, mesh=mesh)
     step(model, global_batch())
-    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+    }
     if rank == 0:
-        torch.save(weights, folder / "weights.pth")
+        torch.save(state, folder / "state.pth")
     dist.destroy_process_group()

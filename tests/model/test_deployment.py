@@ -11,7 +11,7 @@ import torch
 
 import vitadapter
 import vitadapter_ops
-from dynamic_graphs import one_dynamic_graph_serves_all
+from dynamic_graphs import one_dynamic_graph_serves_all, one_dynamic_graph_trains_all
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8, "drop_path_rate": 0.0}
 MODELS = ["vit_adapter_tiny", "vitdet_tiny", "beit_adapter_base", "uniperceiver_adapter_base"]
@@ -44,6 +44,14 @@ def test_one_dynamic_graph_serves_all_image_sizes(name):
     )
 
 
+def test_one_dynamic_graph_trains_on_all_batches_and_image_sizes(randomise):
+    overrides = {"window_size": 4, "num_heads": 3, "num_interactions": 1}
+    model = randomise(_build("vit_adapter_tiny", use_extra_extractor=False, **overrides))
+    one_dynamic_graph_trains_all(
+        model, ((2, 64, 96), (3, 128, 160), (2, 100, 230), (3, 96, 101), (2, 101, 96))
+    )
+
+
 def test_beit_with_a_class_token_is_one_graph():
     torch._dynamo.reset()
     model = _build("beit_adapter_base", "segmentation", img_size=64)
@@ -68,11 +76,16 @@ def test_maps_are_16_bits_wide_under_autocast_without_gradients():
         assert {m.dtype for m in model.train()(images)} == {torch.float32}
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_exported_model_gives_the_same_maps(backend, monkeypatch):
-    if backend == "native" and "cpu" not in vitadapter_ops.available_backends():
+@pytest.fixture(params=["reference", "native"])
+def backend(request, monkeypatch):
+    """Makes deformable attention take this one."""
+    if request.param == "native" and "cpu" not in vitadapter_ops.available_backends():
         pytest.skip("needs the CPU library")
-    monkeypatch.setattr(vitadapter_ops._dispatch, "choose", _choose(backend))
+    monkeypatch.setattr(vitadapter_ops._dispatch, "choose", _choose(request.param))
+    return request.param
+
+
+def test_exported_model_gives_the_same_maps(backend):
     model = _build("vit_adapter_tiny", "segmentation")
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -83,6 +96,19 @@ def test_exported_model_gives_the_same_maps(backend, monkeypatch):
         assert all(("reference" in target) == (backend == "reference") for target in used)
         for got, expected in zip(program.module()(images), model(images), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_one_exported_program_serves_all_batches_and_image_sizes(backend):
+    model = _build("vit_adapter_tiny", window_size=4, num_interactions=1)
+    auto = torch.export.Dim.AUTO
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: auto, 2: auto, 3: auto},)
+        ).module()
+        for size in ((3, 3, 128, 160), (1, 3, 100, 230), (2, 3, 33, 101)):
+            images = torch.randn(size)
+            for got, expected in zip(program(images), model(images), strict=True):
+                torch.testing.assert_close(got, expected)
 
 
 def _choose(backend):
