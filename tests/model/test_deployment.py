@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vitadapter
 import vitadapter_ops
@@ -32,6 +33,23 @@ def test_whole_model_is_one_graph(name):
     with torch.no_grad():
         for got, expected in zip(compiled(images), model(images), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("name", [each for each in MODELS if "adapter" in each])
+def test_each_block_attends_by_torchs_fused_attention(name, task, monkeypatch):
+    overrides = {"img_size": 64} if name.startswith("beit") and task == "segmentation" else {}
+    model, calls = _build(name, task, **overrides), []
+    fused = F.scaled_dot_product_attention
+
+    def count(*args, **kwargs):
+        calls.append(args)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert len(calls) == model.depth == SMALL["depth"]
 
 
 @pytest.mark.parametrize("name", MODELS)
