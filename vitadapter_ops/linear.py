@@ -28,8 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Returns:
         [..., N], in the dtype that F.linear gives.
+
+    Raises:
+        RuntimeError: F.linear's, for shapes, dtypes or devices that disagree.
     """
-    dtype = _onednn_dtype(x, weight)
+    dtype = _onednn_dtype(x, weight, bias)
     if dtype is None:
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.to(dtype)
@@ -39,31 +42,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _onednn_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+def _onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what dtype oneDNN computes the product; None: torch's default is to do it."""
-    # Tensors of other types, such as sharded ones, know F.linear only, and so do those who look at
-    # what is called: compilers, tracers, transforms, counters of FLOPs.
+    # Those who look at what is called know F.linear: compilers, tracers, transforms, counters of
+    # FLOPs.
     if (
-        not (type(x) in _TYPES and type(weight) in _TYPES)
-        or x.device.type != "cpu"
-        or weight.device.type != "cpu"
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or not _ops.is_plain()
         or torch._C._len_torch_dispatch_stack() != 0
+        # oneDNN's errors name no argument.
+        or weight.dim() != 2
+        or x.shape[-1:] != weight.shape[1:]
+        or (bias is not None and bias.shape != weight.shape[:1])
     ):
         return None
     if torch.is_autocast_enabled("cpu"):
-        narrow = torch.get_autocast_dtype("cpu")
-        floats = (torch.float32, narrow)
-        return narrow if narrow in _dtypes() and {x.dtype, weight.dtype} <= {*floats} else None
-    return x.dtype if x.dtype == weight.dtype and x.dtype in _dtypes() else None
-
-
-_TYPES = (Tensor, nn.Parameter)
+        dtype = torch.get_autocast_dtype("cpu")
+        convertible = {torch.float32, dtype}
+    else:
+        dtype = x.dtype
+        convertible = {dtype}
+    if dtype not in _onednn_dtypes():
+        return None
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
+        # Tensors of other types, such as sharded ones, know F.linear only.
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+        if not plain or tensor.dtype not in convertible:
+            return None
+    return dtype
 
 
 @functools.cache
-def _dtypes() -> tuple[torch.dtype, ...]:
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     """What oneDNN multiplies here; torch may be built without it."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitadapter_ops.linear import linear, project
+from vitadapter_ops.linear import _onednn_dtypes, linear, project
 
-bf16_by_onednn = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs AVX-512"
-)
+bf16_by_onednn = pytest.mark.skipif(torch.bfloat16 not in _onednn_dtypes(), reason="needs AVX-512")
 
 
 @pytest.fixture
@@ -75,6 +73,29 @@ def test_gradients_and_other_dtypes_go_to_torch(refuse_onednn):
         assert project(layer.double(), x.double()).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
             assert project(layer, x.double()).dtype == layer(x.double()).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        (torch.randn(5, 7), None),
+        (torch.randn(5, 16), None),
+        (torch.randn(5, 8), torch.randn(5)),
+        (torch.randn(5, 8), torch.randn(6).double()),
+        (torch.randn(5, 8), torch.empty(6, device="meta")),
+    ],
+    ids=["narrow", "wide", "bias", "bias's dtype", "bias's device"],
+)
+def test_wrong_arguments_get_torchs_errors(x, bias, dtype):
+    weight = torch.randn(6, 8).to(dtype)
+    bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+    messages = []
+    for function in (F.linear, linear):
+        with torch.no_grad(), pytest.raises(RuntimeError) as caught:
+            function(x.to(dtype), weight, bias)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
