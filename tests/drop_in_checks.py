@@ -23,11 +23,30 @@ from tolerances import (
 
 PRECISIONS = ("fp64", "fp32", "bf16-autocast")
 
+# What restores the originals at its end, such as what patch_mmcv returns.
+Patch = Callable[[], contextlib.AbstractContextManager[object]]
+
 # Takes the module and the tensors, returns a tensor or several.
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 # The losses, and the first gradient of each parameter.
 Training = tuple[list[float], dict[str, Tensor | None]]
+
+
+def under(patch: Patch, function: Function) -> Function:
+    """The function, with the patch while it runs."""
+
+    def patched(*arguments: object) -> Tensor | tuple[Tensor, ...]:
+        with patch():
+            return function(*arguments)
+
+    return patched
+
+
+def in_one_graph(function: Function) -> Function:
+    """The function compiled through AOTAutograd, as one graph or not at all."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 def results(
@@ -122,7 +141,7 @@ def assert_trained_alike(got: Training, expected: Training) -> None:
 def check_training(
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
-    patch: Callable[[], contextlib.AbstractContextManager[object]],
+    patch: Patch,
 ) -> None:
     """Holds two steps of training under the patch to the losses and gradients without."""
     expected = sgd(model, loss)

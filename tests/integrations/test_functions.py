@@ -146,10 +146,7 @@ def test_shapes_may_be_a_tensor_and_the_call_compiles(name):
     def ours(module, value, *points):
         return NAMES[name](value, TENSOR, *points)
 
-    torch.compiler.reset()
-    drop_in_checks.check(
-        original, torch.compile(ours, fullgraph=True, backend="aot_eager"), nn.Module(), tensors()
-    )
+    drop_in_checks.check(original, drop_in_checks.in_one_graph(ours), nn.Module(), tensors())
 
 
 def test_one_graph_where_shapes_are_a_list():
@@ -159,7 +156,7 @@ def test_one_graph_where_shapes_are_a_list():
     inductor = torch.compile(functions.ms_deform_attn_core_pytorch, fullgraph=True)
     torch.testing.assert_close(inductor(value, SHAPES, *points), expected)
     for name in LIST_OF_SHAPES:
-        compiled = torch.compile(NAMES[name], fullgraph=True, backend="aot_eager")
+        compiled = drop_in_checks.in_one_graph(NAMES[name])
         torch.testing.assert_close(compiled(value, SHAPES, *points), expected, msg=name)
 
 
@@ -245,8 +242,7 @@ def test_levels_with_their_own_points(function, method, same_as, precision):
 def test_levels_with_their_own_points_in_one_graph(function, method):
     value, locations, logits = many()
     arguments = (value, SHAPES, locations, logits.softmax(-1), MANY, method)
-    torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = drop_in_checks.in_one_graph(function)
     torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
@@ -321,8 +317,7 @@ def test_their_module_trains_with_the_installed_extension(name, in_fp32, monkeyp
     module, given = module_and_tensors()
     for precision in drop_in_checks.PRECISIONS:
         drop_in_checks.check(published_module, ours, module, given, precision)
-    torch.compiler.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = drop_in_checks.in_one_graph(ours)
     drop_in_checks.check(published_module, compiled, module, given)
 
 

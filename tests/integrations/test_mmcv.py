@@ -54,14 +54,8 @@ def tensors(coordinates):
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_patched_module_is_the_original(theirs, batch_first, coordinates, precision):
     padding = torch.rand(BATCH, PIXELS) < 0.3
-
-    def original(*arguments):
-        return call(padding, *arguments)
-
-    def ours(*arguments):
-        with mmcv.patch_mmcv():
-            return original(*arguments)
-
+    original = functools.partial(call, padding)
+    ours = drop_in_checks.under(mmcv.patch_mmcv, original)
     module = attention(theirs, batch_first=batch_first, value_proj_ratio=0.5)
     drop_in_checks.check(original, ours, module, tensors(coordinates), precision)
 
@@ -70,13 +64,7 @@ def test_patched_module_is_the_original(theirs, batch_first, coordinates, precis
 def test_patched_module_compiles(theirs, batch_first):
     padding = torch.rand(BATCH, PIXELS) < 0.3
     original = functools.partial(call, padding)
-    torch.compiler.reset()
-    compiled = torch.compile(original, fullgraph=True, backend="aot_eager")
-
-    def ours(*arguments):
-        with mmcv.patch_mmcv():
-            return compiled(*arguments)
-
+    ours = drop_in_checks.under(mmcv.patch_mmcv, drop_in_checks.in_one_graph(original))
     drop_in_checks.check(original, ours, attention(theirs, batch_first=batch_first), tensors(4))
 
 

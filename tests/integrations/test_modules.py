@@ -172,8 +172,7 @@ def test_one_reference_point_serves_all_levels(entry):
 @by_entry
 def test_compiled_module_equals_eager(entry):
     module, padding = entry.module(), mask()
-    torch.compiler.reset()
-    compiled = torch.compile(entry.ours(padding), fullgraph=True, backend="aot_eager")
+    compiled = drop_in_checks.in_one_graph(entry.ours(padding))
     drop_in_checks.check(entry.ours(padding), compiled, module, tensors(4))
 
 
@@ -296,6 +295,5 @@ def test_packed_locations_and_logits(precision):
 
     drop_in_checks.check(original, ours, torch.nn.Module(), (value, locations, logits), precision)
     if precision == "fp32":
-        torch.compiler.reset()
-        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        compiled = drop_in_checks.in_one_graph(ours)
         drop_in_checks.check(original, compiled, torch.nn.Module(), (value, locations, logits))

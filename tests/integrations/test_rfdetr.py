@@ -40,14 +40,8 @@ def tensors(coordinates, levels=3):
 @pytest.mark.parametrize(("coordinates", "levels"), [(2, 3), (4, 3), (4, 1)])
 def test_patched_module_is_the_original(theirs, coordinates, levels, precision):
     padding = torch.rand(BATCH, PIXELS) < 0.3
-
-    def original(*arguments):
-        return call(padding, *arguments)
-
-    def ours(*arguments):
-        with rfdetr.patch_rfdetr():
-            return original(*arguments)
-
+    original = functools.partial(call, padding)
+    ours = drop_in_checks.under(rfdetr.patch_rfdetr, original)
     drop_in_checks.check(original, ours, attention(theirs), tensors(coordinates, levels), precision)
 
 
@@ -77,13 +71,7 @@ def test_two_steps_of_training_a_decoder_are_the_originals(theirs):
 def test_compiled_in_one_graph(theirs, masked):
     padding = torch.rand(BATCH, PIXELS) < 0.3 if masked else None
     original = functools.partial(call, padding)
-    torch.compiler.reset()
-    compiled = torch.compile(original, fullgraph=True, backend="aot_eager")
-
-    def ours(*arguments):
-        with rfdetr.patch_rfdetr():
-            return compiled(*arguments)
-
+    ours = drop_in_checks.under(rfdetr.patch_rfdetr, drop_in_checks.in_one_graph(original))
     drop_in_checks.check(original, ours, attention(theirs), tensors(4))
 
 

@@ -114,12 +114,11 @@ def padding():
 
 def both(name, padding=None):
     original = functools.partial(call, name, padding)
+    return original, patched(name, original)
 
-    def ours(*arguments):
-        with patch_transformers(name):
-            return original(*arguments)
 
-    return original, ours
+def patched(name, function):
+    return drop_in_checks.under(functools.partial(patch_transformers, name), function)
 
 
 CASES = [
@@ -141,15 +140,7 @@ def test_modules_return_the_same_output_and_weights(name, coordinates, precision
 def test_modules_with_and_without_a_mask_and_compiled(name, masked):
     mask = padding() if masked else None
     original, ours = both(name, mask)
-    torch.compiler.reset()
-    compiled = torch.compile(
-        functools.partial(call, name, mask), fullgraph=True, backend="aot_eager"
-    )
-
-    def compiled_ours(*arguments):
-        with patch_transformers(name):
-            return compiled(*arguments)
-
+    compiled_ours = patched(name, drop_in_checks.in_one_graph(functools.partial(call, name, mask)))
     module, given = attention(name), tensors(name, 4)
     drop_in_checks.check(original, ours, module, given)
     drop_in_checks.check(original, compiled_ours, module, given)
