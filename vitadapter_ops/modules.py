@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from .functional import ms_deform_attn_from_offsets
-from .linear import is_plain, linear, project
+from .linear import is_plain, linear, project, warn_if_slow_autocast
 
 
 def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +182,8 @@ class MSDeformAttn(nn.Module):
             padding_mask=input_padding_mask,
         )
         assert isinstance(out, Tensor)  # no weights were asked for
+        if out.requires_grad:
+            warn_if_slow_autocast(out)
         return project(self.output_proj, out)
 
     def extra_repr(self) -> str:
