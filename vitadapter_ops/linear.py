@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _ops
 
@@ -47,15 +48,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what dtype oneDNN computes the product; None: torch's default is to do it."""
     # Those who look at what is called know F.linear: compilers, tracers, transforms, counters of
-    # FLOPs.
+    # FLOPs, modes, and whoever put another function in its place. oneDNN's product has no
+    # derivative, forward mode's included, which no_grad does not switch off.
     if (
         torch.is_grad_enabled()
         or not _ops.is_plain()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() != 0
-        # oneDNN's errors name no argument.
-        or weight.dim() != 2
-        or x.shape[-1:] != weight.shape[1:]
-        or (bias is not None and bias.shape != weight.shape[:1])
+        or torch._C._is_torch_function_mode_enabled()
+        or F.linear is not torch._C._nn.linear
+        or not torch._C._get_mkldnn_enabled()
     ):
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -67,10 +69,24 @@ def _onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype
     if dtype not in _onednn_dtypes():
         return None
     for tensor in (x, weight) if bias is None else (x, weight, bias):
-        # Tensors of other types, such as sharded ones, know F.linear only.
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
-        if not plain or tensor.dtype not in convertible:
+        if (
+            not is_plain_tensor(tensor)
+            or tensor.device.type != "cpu"
+            or tensor.layout is not torch.strided
+            or tensor.dtype not in convertible
+        ):
             return None
+    # oneDNN ignores the strides of a bias, refuses weights whose rows overlap and sums of no terms,
+    # and its errors name no argument.
+    if (
+        weight.dim() != 2
+        or x.shape[-1:] != weight.shape[1:]
+        or x.numel() == 0
+        or weight.numel() == 0
+        or not weight.is_contiguous()
+        or (bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()))
+    ):
+        return None
     return dtype
 
 
@@ -136,25 +152,68 @@ def _multiplies_fp16() -> bool:
 def is_untouched(layer: nn.Module) -> bool:
     """Whether calling the layer and all below it does what their classes say and nothing else.
 
-    accelerate puts another forward into a layer to fetch offloaded weights, and hooks want to be
-    called.
+    accelerate puts another forward into a layer to fetch offloaded weights, compile() puts one
+    before it, hooks want to be called, those of all modules (torch.nn.modules.module) included,
+    and tracers and profilers put functions of their own into classes.
     """
-    return not any(
-        "forward" in vars(each)
-        or each._forward_hooks
-        or each._forward_pre_hooks
-        or each._backward_hooks
-        or each._backward_pre_hooks
-        for each in layer.modules()
+    return not _has_global_hooks() and all(map(_is_untouched, layer.modules()))
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks that are called with every module."""
+    hooks = torch.nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     )
+
+
+def _is_untouched(layer: nn.Module) -> bool:
+    """is_untouched without what is below the layer and without the hooks of all modules."""
+    own, kind = vars(layer), type(layer)
+    return not (
+        "forward" in own
+        or "_call_impl" in own
+        or layer._compiled_call_impl is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or _origin(kind.forward) != kind.__module__
+        or _origin(kind.__call__) != nn.Module.__module__
+        or _origin(kind._call_impl) != nn.Module.__module__
+    )
+
+
+def _origin(function: Any) -> str | None:
+    """The module whose text defines a function, which functools.wraps does not change."""
+    return getattr(function, "__globals__", {}).get("__name__")
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling the layer is a matrix product plus a bias and nothing else.
 
-    Adapters, quantisers and parametrizations put a module of another type in its place.
+    Adapters, quantisers and parametrizations put a module of another type in its place, or leave
+    the layer and give it a weight of another type.
     """
-    return type(layer) is nn.Linear and layer.bias is not None and is_untouched(layer)
+    return (
+        type(layer) is nn.Linear
+        and is_plain_tensor(layer.weight)
+        and is_plain_tensor(layer.bias)
+        and not _has_global_hooks()
+        and _is_untouched(layer)
+    )
+
+
+def is_plain_tensor(x: object) -> bool:
+    """Whether x is a tensor, or a parameter, of no class of its own.
+
+    Quantised, sharded and other tensors of their own classes decide what a product is: they know
+    F.linear, and not always torch.cat.
+    """
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
