@@ -199,17 +199,11 @@ def test_half_weights_are_served_under_autocast_to_the_other_half_type():
         torch.testing.assert_close(logits, m.attention_weights(query))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_module_compiles_into_one_graph(dtype, autocast):
-    m = module().to(dtype)
+def test_module_in_16_bits_compiles_into_one_graph_under_autocast():
+    m = module().bfloat16()
     inputs = torch.randn(2, 5, 16), torch.rand(2, 5, 1, 2), torch.randn(2, 30, 16)
-    query, points, feature = (t.to(dtype) for t in inputs)
+    query, points, feature = (t.bfloat16() for t in inputs)
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, autocast):
-            expected = m(query, points, feature, SHAPES)
-            # Eager inference has its own product.
-            torch.testing.assert_close(
-                compiled(query, points, feature, SHAPES), expected, rtol=2e-2, atol=2e-2
-            )
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = m(query, points, feature, SHAPES)
+        torch.testing.assert_close(compiled(query, points, feature, SHAPES), expected)
