@@ -36,6 +36,17 @@ def _flat(sizes: list[tuple[int, int]]) -> list[int]:
     return [side for size in sizes for side in size]
 
 
+def _only_reference(plain: bool, backend: str, *tensors: Tensor) -> None:
+    """Raises BackendUnavailable where a kernel is asked for, and torch is to differentiate."""
+    if plain or backend in ("auto", "reference"):
+        return
+    if _ops.is_differentiated_by_torch(*tensors):
+        raise _dispatch.BackendUnavailable(
+            f"backend {backend!r} cannot run: under torch.func's derivatives and in forward mode "
+            "only 'reference' can, which 'auto' takes"
+        )
+
+
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -60,8 +71,10 @@ def ms_deform_attn(
     The centre of pixel (i, j) is at ((j + 0.5) / W, (i + 0.5) / H) and the map is zero outside, as
     in `grid_sample(align_corners=False, padding_mode="zeros")`. A location that is not finite
     contributes zero and gets a zero gradient. Arithmetic is fp32, or fp64 for fp64. Differentiable
-    once in value, locations and weights; gradients that are not required are not computed. Bitwise
-    repeatable under `torch.use_deterministic_algorithms(True)`, and always on a CPU.
+    once in value, locations and weights; gradients that are not required are not computed. Under
+    torch.func's transforms and in forward mode the reference computes, and torch differentiates it,
+    as often as asked for. Bitwise repeatable under `torch.use_deterministic_algorithms(True)`, and
+    always on a CPU.
 
     Args:
         value: [B, S, M, D], float64, float32, float16 or bfloat16; levels concatenated along S,
@@ -82,7 +95,7 @@ def ms_deform_attn(
         ValueError: ranks, shapes, dtypes or devices disagree, or no backend has this name; the
             message names the argument, what was expected and what came.
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
-        NotImplementedError: second-order gradients were asked for.
+        NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
     kind = None
     if _ops.is_plain():
@@ -125,6 +138,7 @@ def _plan(
     _checks.rank("value", value, "B, S, M, D")
     sizes, starts = _checks.levels(spatial_shapes, level_start_index, value.shape[1])
     _checks.ms_deform_attn(value, len(sizes), sampling_locations, attention_weights)
+    _only_reference(plain, backend, value, sampling_locations, attention_weights)
     # Kernels take one dtype for both; widening to the larger one loses nothing.
     widest = torch.promote_types(sampling_locations.dtype, attention_weights.dtype)
     if value.dtype == torch.float64:
@@ -193,7 +207,7 @@ def ms_deform_attn_from_offsets(
             K, offset_scale is given without boxes, or no backend has this name; the message names
             the argument, what was expected and what came.
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
-        NotImplementedError: second-order gradients were asked for.
+        NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
     kind = None
     if _ops.is_plain() and (points_per_level is None or set(map(type, points_per_level)) == {int}):
@@ -270,6 +284,7 @@ def _plan_from_offsets(
     if padding_mask is not None:
         _checks.padding_mask(padding_mask, batch, pixels)
         _checks.device("padding_mask", padding_mask, value.device, "value")
+    _only_reference(plain, backend, value, reference_points, sampling_offsets, attention_logits)
     # Kernels take one dtype for both, that of value or of arithmetic; widening loses nothing.
     dtype = value.dtype
     if not sampling_offsets.dtype == attention_logits.dtype == dtype:
