@@ -56,13 +56,16 @@ def kind(
             if type(integer) is not int:
                 return None
             parts.append(integer)
-    for tensor in tensors:
-        if tensor is None:
-            parts.append(None)
-        elif type(tensor) is Tensor:
-            parts += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-        else:
-            return None
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                parts.append(None)
+            elif type(tensor) is Tensor:
+                parts += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+            else:
+                return None
+    except RuntimeError:  # nested tensors have no shape
+        return None
     return tuple(parts)
 
 
@@ -74,8 +77,8 @@ def is_tensor(name: str, value: object) -> None:
     """Raises TypeError unless `value` is a tensor, ValueError unless it is a dense one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_described(value)}")
-    if value.layout != torch.strided:
-        layout = str(value.layout).removeprefix("torch.")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise ValueError(f"{name}: expected a dense tensor, got one of layout {layout}")
 
 
@@ -189,6 +192,8 @@ def pairs(spatial_shapes: Any, name: str = "spatial_shapes") -> list[tuple[int, 
         TypeError: something else.
         ValueError: not pairs, or not of integers.
     """
+    if isinstance(spatial_shapes, Tensor):
+        is_tensor(name, spatial_shapes)
     table = isinstance(spatial_shapes, Tensor | np.ndarray) and spatial_shapes.ndim > 0
     if table and (spatial_shapes.ndim != 2 or spatial_shapes.shape[1] != 2):
         raise ValueError(

@@ -162,12 +162,12 @@ def _plan(
     _checks.rank("value", value, "B, S, M, D")
     sizes, starts = _checks.levels(spatial_shapes, level_start_index, value.shape[1])
     _checks.ms_deform_attn(value, len(sizes), sampling_locations, attention_weights)
-    _only_reference(plain, backend, value, sampling_locations, attention_weights)
     # Kernels take one dtype for both; widening to the larger one loses nothing.
     widest = torch.promote_types(sampling_locations.dtype, attention_weights.dtype)
     if value.dtype == torch.float64:
         widest = torch.float64
     op = _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes))
+    _only_reference(plain, backend, value, sampling_locations, attention_weights)
     flat, starts, grown = _level_table(sizes, starts, value.shape[1])
     return _Plan(_ops.caller(op, plain), (flat, starts), widest, grown)
 
@@ -236,6 +236,8 @@ def ms_deform_attn_from_offsets(
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
         NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
+    if not isinstance(return_weights, bool):
+        raise TypeError(f"return_weights: expected a bool, got {type(return_weights).__name__}")
     kind = None
     if _ops.is_plain():
         kind = _checks.kind(
@@ -313,7 +315,6 @@ def _plan_from_offsets(
     if padding_mask is not None:
         _checks.padding_mask(padding_mask, batch, pixels)
         _checks.device("padding_mask", padding_mask, value.device, "value")
-    _only_reference(plain, backend, value, reference_points, sampling_offsets, attention_logits)
     # Kernels take one dtype for both, that of value or of arithmetic; widening loses nothing.
     dtype = value.dtype
     if not sampling_offsets.dtype == attention_logits.dtype == dtype:
@@ -321,5 +322,6 @@ def _plan_from_offsets(
     op = _dispatch.choose(
         backend, "ms_deform_attn_from_offsets", value.device.type, value.dtype, len(sizes)
     )
+    _only_reference(plain, backend, value, reference_points, sampling_offsets, attention_logits)
     flat, starts, grown = _level_table(sizes, starts, pixels)
     return _Plan(_ops.caller(op, plain), (flat, starts, counts), dtype, grown)

@@ -132,6 +132,10 @@ BAD = {
         {"attention_weights": lambda t: t.to_sparse()},
         r"attention_weights: expected a dense tensor, got one of layout sparse_coo",
     ),
+    "nested weights": (
+        {"attention_weights": torch.nested.nested_tensor([torch.zeros(7, 3), torch.zeros(5, 3)])},
+        r"attention_weights: expected a dense tensor, got one of layout nested",
+    ),
     "a quantised value": (
         {"value": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.quint8)},
         r"value: expected dtype float64, float32, float16, bfloat16, got quint8",
@@ -187,7 +191,13 @@ def test_a_sparse_tensor_is_refused_whatever_was_called_before(known):
         call(sampling_locations=lambda t: t.to_sparse())
 
 
-@pytest.mark.parametrize("backend", [["cpu"], None, 3, ("cpu",), {"cpu"}, b"cpu"])
+@pytest.mark.parametrize("flag", [None, 1, "yes", torch.tensor(True)])
+def test_return_weights_that_is_no_bool(flag):
+    with pytest.raises(TypeError, match=r"^return_weights: expected a bool, got \w+"):
+        call_from_offsets(return_weights=flag)
+
+
+@pytest.mark.parametrize("backend", [["cpu"], None, 3, ("cpu",), {"cpu"}, b"cpu", np.zeros(2)])
 def test_a_backend_that_is_no_name(backend):
     for function in (call, call_from_offsets):
         with pytest.raises(TypeError, match=r"^backend: expected a str, got \w+"):
