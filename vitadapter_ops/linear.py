@@ -100,11 +100,9 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 def warn_if_slow_autocast(x: Tensor) -> None:
     """Warns, once per process and dtype, where autocast makes training slower instead of faster.
 
-    torch's products of 16-bit matrices, forward and backward, need the processor's own. Time of a
-    training step relative to fp32, MSDeformAttn of 256 channels and an MLP of 384 and 1536 on a
-    Xeon whose instruction sets were switched off one after the other (ONEDNN_MAX_CPU_ISA): bf16
-    0.3 to 0.5 with AMX, 1.1 to 1.6 with AVX512-BF16, 3 to 18 without; fp16 0.9 with AVX512-FP16,
-    16 to 27 without.
+    torch's products of 16-bit matrices need the processor's own: without AMX a step in bf16 takes
+    1.1 to 18 times as long as in fp32, and without AVX512-FP16 a step in fp16 6 to 27 times
+    (docs/cpu.md).
 
     For a module that trains to call from its forward; costs a fraction of a microsecond, nothing in
     a compiled graph. Without gradients, on other devices than CPUs and outside autocast it does
