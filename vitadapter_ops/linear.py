@@ -101,7 +101,7 @@ def warn_if_slow_autocast(x: Tensor) -> None:
     """Warns, once per process and dtype, where autocast makes training slower instead of faster.
 
     torch's products of 16-bit matrices need the processor's own: without AMX a step in bf16 takes
-    1.1 to 18 times as long as in fp32, and without AVX512-FP16 a step in fp16 6 to 27 times
+    1.1 to 10 times as long as in fp32, and without AVX512-FP16 a step in fp16 6 to 27 times
     (docs/cpu.md).
 
     For a module that trains to call from its forward; costs a fraction of a microsecond, nothing in
@@ -126,7 +126,7 @@ def _warn_if_slow(dtype: torch.dtype) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         return
     if dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-        lacking, times = "AMX", "1.1 to 18"
+        lacking, times = "AMX", "1.1 to 10"
     elif dtype == torch.float16 and not _multiplies_fp16():
         lacking, times = "AVX512-FP16", "6 to 27"
     else:
