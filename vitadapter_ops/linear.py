@@ -177,15 +177,16 @@ def _is_untouched(layer: nn.Module) -> bool:
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or _origin(kind.forward) != kind.__module__
-        or _origin(kind.__call__) != nn.Module.__module__
-        or _origin(kind._call_impl) != nn.Module.__module__
+        or _origin(kind, "forward") != kind.__module__
+        or _origin(kind, "__call__") != nn.Module.__module__
+        or _origin(kind, "_call_impl") != nn.Module.__module__
     )
 
 
-def _origin(function: Any) -> str | None:
-    """The module whose text defines a function, which functools.wraps does not change."""
-    return getattr(function, "__globals__", {}).get("__name__")
+def _origin(kind: type, name: str) -> str | None:
+    """The module whose text defines a class's function, which functools.wraps does not change."""
+    # TorchScript's classes have no functions.
+    return getattr(getattr(kind, name, None), "__globals__", {}).get("__name__")
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -344,3 +344,14 @@ def test_checks_leave_compiled_graphs_whole(grad):
         y, untouched = compiled(x)
         torch.testing.assert_close(y, layer(x))
     assert untouched
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_layers_of_torchscript_are_called(kind):
+    layer, x = layer_and_input(5)
+    expected = layer(x)
+    other = torch.jit.script(layer) if kind == "script" else torch.jit.trace(layer, x)
+    assert not is_untouched(nn.Sequential(other))
+    with torch.no_grad():
+        torch.testing.assert_close(project(other, x), expected)
