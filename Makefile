@@ -24,7 +24,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Pinned: what the patches reach into moves from release to release.
 PROJECTS := transformers==5.24.0 kernels==0.17.2 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 \
-	scipy safetensors
+	torchao==0.18.0 scipy safetensors
 # Pinned: another version formats differently.
 LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

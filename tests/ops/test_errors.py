@@ -136,9 +136,9 @@ BAD = {
         {"attention_weights": torch.nested.nested_tensor([torch.zeros(7, 3), torch.zeros(5, 3)])},
         r"attention_weights: expected a dense tensor, got one of layout nested",
     ),
-    "a quantised value": (
-        {"value": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.quint8)},
-        r"value: expected dtype float64, float32, float16, bfloat16, got quint8",
+    "a value of 8 bits": (
+        {"value": lambda v: v.to(torch.float8_e5m2)},
+        r"value: expected dtype float64, float32, float16, bfloat16, got float8_e5m2",
     ),
     "complex locations": (
         {"sampling_locations": lambda t: t.to(torch.complex64)},
@@ -480,11 +480,12 @@ BAD_FORWARDS = {
     ),
     "mask": (
         {"input_padding_mask": torch.zeros(2, 29, dtype=torch.bool)},
-        r"input_padding_mask: expected \[2, 30\] \(from B, S of value\), got \[2, 29\]",
+        r"input_padding_mask: expected \[2, 30\] \(from B, S of input_flatten\), got \[2, 29\]",
     ),
     "mask of floats": (
         {"input_padding_mask": torch.zeros(2, 30)},
-        r"input_padding_mask: expected dtype bool \(True where value is padding\), got float32",
+        r"input_padding_mask: expected dtype bool \(True where input_flatten is padding\), "
+        r"got float32",
     ),
 }
 
