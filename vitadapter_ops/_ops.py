@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.library import Library, impl, register_fake
 
-from . import reference
+from . import _grid_sample, reference
 
 # spatial_shapes is H0, W0, H1, W1, ...; SymInt keeps one compiled graph for all image sizes.
 _VALUE = "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start_index, "
@@ -60,6 +61,7 @@ class Contract(NamedTuple):
         setup_context: saves what the backward needs.
         backward: (ctx, which inputs need a gradient, the backward operator, gradients of the
             results) -> gradients of the inputs.
+        composite: computes the same in operators that ONNX has.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Contract(NamedTuple):
     definition: Callable[..., Any]
     setup_context: Callable[..., None]
     backward: Callable[[Any, tuple[bool, ...], Any, Any], Any]
+    composite: Callable[..., Any]
 
     def function(self, op: str) -> type[torch.autograd.Function]:
         """The implementation `op`, differentiable.
@@ -152,11 +155,17 @@ def _below_autograd(op: Any, *arguments: Any) -> Any:
 
 
 _eager: dict[str, Callable[..., Any]] = {}
+_composites: dict[str, Callable[..., Any]] = {}
 
 
 def caller(op: str, plain: bool) -> Callable[..., Any]:
     """What calls the operator `op`; for plain calls the same result at half the host's time."""
-    return _eager[op] if plain else getattr(torch.ops.vitadapter_ops, op)
+    if plain:
+        return _eager[op]
+    # With dynamo=True the exporter takes a program's operators apart later.
+    if torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
+        return _composites[op]
+    return getattr(torch.ops.vitadapter_ops, op)
 
 
 def _is_recorded(arguments: tuple[Any, ...]) -> bool:
@@ -261,6 +270,20 @@ def register(
     _register_backward(f"{op}_backward", contract, kernels[1])
     _register_autograd(op, contract.function(op), contract.definition)
     _eager[op] = _shortened(op, contract)
+    _decompose(op, contract)
+
+
+def _decompose(op: str, contract: Contract) -> None:
+    """Lets exporters to ONNX take an operator apart.
+
+    torch.onnx.export(dynamo=True) looks for decompositions of what it has no translation for;
+    torch.compile and torch.export keep operators that they are not told to decompose. But for
+    symbolic sizes fake tensors prefer a decomposition to a fake, unless it is a meta function too.
+    """
+    overload = getattr(torch.ops.vitadapter_ops, op).default
+    register_decomposition(overload)(contract.composite)
+    register_decomposition(overload, type="meta")(contract.fakes[0])
+    _composites[op] = contract.composite
 
 
 def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]) -> Contract:
@@ -344,6 +367,7 @@ MS_DEFORM_ATTN = _define(
         reference.ms_deform_attn,
         _save_located,
         _located_gradients,
+        _grid_sample.ms_deform_attn,
     ),
     (reference.ms_deform_attn, reference.ms_deform_attn_backward),
 )
@@ -426,6 +450,11 @@ def _offsets_gradients(
     )
 
 
+def _composite_from_offsets(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # While torch.onnx.export decomposes, the operator: it may have a translation.
+    return _grid_sample.ms_deform_attn_from_offsets(caller("ms_deform_attn", False), *arguments)
+
+
 MS_DEFORM_ATTN_FROM_OFFSETS = _define(
     Contract(
         "ms_deform_attn_from_offsets",
@@ -439,6 +468,7 @@ MS_DEFORM_ATTN_FROM_OFFSETS = _define(
         reference.ms_deform_attn_from_offsets,
         _save_offsets,
         _offsets_gradients,
+        _composite_from_offsets,
     ),
     (reference.ms_deform_attn_from_offsets, reference.ms_deform_attn_from_offsets_backward),
 )
