@@ -331,7 +331,7 @@ def test_a_call_that_the_original_refuses_is_refused():
     with patch_transformers("mask2former"):
         with pytest.raises(TypeError, match="unexpected keyword argument 'spatial_shapes'"):
             module(query, spatial_shapes=TENSOR)
-        with pytest.raises(TypeError, match="encoder_hidden_states: expected a torch.Tensor, got"):
+        with pytest.raises(TypeError, match=r"encoder_hidden_states: expected a torch\.Tensor"):
             module(query)
         with pytest.raises(TypeError, match="multiple values for argument 'hidden_states'"):
             module(query, hidden_states=query)
@@ -675,7 +675,8 @@ def test_gradients_reach_the_attentions_of_a_model(transformers, build):
         return [each.grad for each in kept]
 
     expected = gradients()
-    assert len(expected) >= 2 and not any(each is None for each in expected)
+    assert len(expected) >= 2
+    assert not any(each is None for each in expected)
     with patch_transformers(build.__name__):
         got = gradients()
     for mine, theirs in zip(got, expected, strict=True):

@@ -40,6 +40,9 @@ def sample(
     Returns:
         [B, Q, M * D], dtype of value.
     """
+    _checks.is_tensor("value", value)
+    _checks.is_tensor("sampling_locations", sampling_locations)
+    _checks.is_tensor("attention_weights", attention_weights)
     return ms_deform_attn(
         value,
         spatial_shapes,
@@ -236,7 +239,7 @@ def attend(
         ValueError: sizes, dtypes or devices disagree; in the names of these arguments, but for
             `padding_mask`.
     """
-    _checks.is_tensor("reference_points", reference_points)
+    check_reference_points(reference_points)
     check_levels(spatial_shapes, len(num_points))
     offsets, logits = offsets_and_logits(module, query)
     # As autocast does before a softmax, except on CPUs.
@@ -303,7 +306,7 @@ def attend_to_nearest(
     Returns:
         As `attend`, always with the weights.
     """
-    _checks.is_tensor("reference_points", reference_points)
+    check_reference_points(reference_points)
     check_levels(spatial_shapes, len(num_points))
     # Two products: from one, the offsets would get a gradient of zero instead of none, and
     # optimizers tell the two apart.
@@ -373,7 +376,6 @@ def locations(
     """Where `attend` samples, for offsets [B, Q, M, sum(num_points), 2]; shaped as these."""
     rows = _checks.pairs(spatial_shapes)
     batch, queries = sampling_offsets.shape[:2]
-    _checks.dtype("reference_points", reference_points, _checks.FLOATING)
     _checks.device("reference_points", reference_points, sampling_offsets.device, "query")
     _checks.reference_points(reference_points, batch, queries, len(num_points))
     levels, coordinates = reference_points.shape[2:]
@@ -471,6 +473,18 @@ def check_tokens(
             f"query: expected {value.shape[batch]} images (from value), "
             f"got shape {list(query.shape)}"
         )
+
+
+def check_reference_points(points: Tensor) -> None:
+    """Checks what does not depend on other arguments.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a floating one of four dimensions.
+    """
+    _checks.is_tensor("reference_points", points)
+    _checks.rank("reference_points", points, "B or 1, Q, L or 1, 2 or 4")
+    _checks.dtype("reference_points", points, _checks.FLOATING)
 
 
 def check_added(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -68,8 +68,9 @@ class FlashDeformAttnFunction:
         points = levels * K
         if sampling_loc_attn.dim() != 4 or sampling_loc_attn.shape[3] != 3 * points:
             raise ValueError(
-                f"sampling_loc_attn: expected [B, Q, M, {3 * points}] ({levels} levels of K = {K} "
-                f"points, 3 numbers each), got {list(sampling_loc_attn.shape)}"
+                f"sampling_loc_attn: expected [B, Q, M, {3 * points}] ({levels} levels in "
+                f"spatial_shapes, K = {K} points, 3 numbers each), "
+                f"got {list(sampling_loc_attn.shape)}"
             )
         coordinates, logits = torch.split(sampling_loc_attn, [2 * points, points], -1)
         weights = logits.to(compute_dtype(value.dtype)).softmax(-1)

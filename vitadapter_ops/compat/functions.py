@@ -236,10 +236,11 @@ def _sample_v2(
     """Both functions of RT-DETRv2; "discrete" limits x by the height where `by_height`."""
     if method == "discrete":
         _checks.is_tensor("sampling_locations", sampling_locations)
-        _checks.rank("sampling_locations", sampling_locations, "B, Q, M, points, 2")
+        _checks.dtype("sampling_locations", sampling_locations, _checks.FLOATING)
         sizes = _checks.pairs(spatial_shapes)
         counts = points_of_levels(num_points, len(sizes))
-        if sampling_locations.shape[3] == sum(counts):  # else it is refused below
+        # Others are refused below.
+        if sampling_locations.shape[3:] == (sum(counts), 2):
             sampling_locations = _nearest(sampling_locations, sizes, counts, by_height)
     elif method != "default":
         raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
