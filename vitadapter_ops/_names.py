@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors in the words of the function that the user called."""
+"""Errors of a function in the words of the one that the user called."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -15,15 +15,30 @@ _R = TypeVar("_R")
 _OURS = re.compile(r"[A-Za-z_]\w*(\[\w+\])*: expected ")
 
 
-def renamed(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Says in errors what the decorated function calls the arguments that it hands on.
+def rename(error: Exception, names: Mapping[str, str]) -> None:
+    """Gives the arguments that an error speaks of the names that they have for the user.
 
-        @renamed(value="input_flatten", padding_mask="input_padding_mask")
+    For a function that hands its own arguments on under other names. Nothing is paid where nothing
+    is wrong:
+
+        try:
+            return ms_deform_attn(value, shapes, ...)
+        except (TypeError, ValueError) as error:
+            rename(error, {"spatial_shapes": "shapes"})
+            raise
 
     Args:
-        names: for arguments of the functions below, the decorated function's own.
+        error: what the function raised; if it is an error of ours, its message is changed in place.
+        names: of each argument that has another name there, that name and the user's.
     """
-    words = re.compile(rf"\b(?:{'|'.join(names)})\b")
+    message = str(error)
+    if _OURS.match(message):
+        words = re.compile(rf"\b(?:{'|'.join(names)})\b")
+        error.args = (words.sub(lambda match: names[match[0]], message),)
+
+
+def renamed(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """`rename` for all that the decorated function raises: `@renamed(spatial_shapes="shapes")`."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
@@ -31,9 +46,7 @@ def renamed(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
             try:
                 return function(*args, **kwargs)
             except (TypeError, ValueError) as error:
-                message = str(error)
-                if _OURS.match(message):
-                    error.args = (words.sub(lambda found: names[found[0]], message),)
+                rename(error, names)
                 raise
 
         return call

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import functools
+import platform
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _ops
 
@@ -45,15 +48,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what dtype oneDNN computes the product; None: torch's default is to do it."""
     # Those who look at what is called know F.linear: compilers, tracers, transforms, counters of
-    # FLOPs.
+    # FLOPs, modes, and whoever put another function in its place. oneDNN's product has no
+    # derivative, forward mode's included, which no_grad does not switch off.
     if (
         torch.is_grad_enabled()
         or not _ops.is_plain()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() != 0
-        # oneDNN's errors name no argument.
-        or weight.dim() != 2
-        or x.shape[-1:] != weight.shape[1:]
-        or (bias is not None and bias.shape != weight.shape[:1])
+        or torch._C._is_torch_function_mode_enabled()
+        or F.linear is not torch._C._nn.linear
+        or not torch._C._get_mkldnn_enabled()
     ):
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -65,10 +69,24 @@ def _onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype
     if dtype not in _onednn_dtypes():
         return None
     for tensor in (x, weight) if bias is None else (x, weight, bias):
-        # Tensors of other types, such as sharded ones, know F.linear only.
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
-        if not plain or tensor.dtype not in convertible:
+        if (
+            not is_plain_tensor(tensor)
+            or tensor.device.type != "cpu"
+            or tensor.layout is not torch.strided
+            or tensor.dtype not in convertible
+        ):
             return None
+    # oneDNN ignores the strides of a bias, refuses weights whose rows overlap and sums of no terms,
+    # and its errors name no argument.
+    if (
+        weight.dim() != 2
+        or x.shape[-1:] != weight.shape[1:]
+        or x.numel() == 0
+        or weight.numel() == 0
+        or not weight.is_contiguous()
+        or (bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()))
+    ):
+        return None
     return dtype
 
 
@@ -81,28 +99,121 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
 
 
+def warn_if_slow_autocast(x: Tensor) -> None:
+    """Warns, once per process and dtype, where autocast makes training slower instead of faster.
+
+    torch's products of 16-bit matrices, forward and backward, need the processor's own. Time of a
+    training step relative to fp32, MSDeformAttn of 256 channels and an MLP of 384 and 1536 on a
+    Xeon whose instruction sets were switched off one after the other (ONEDNN_MAX_CPU_ISA): bf16
+    0.3 to 0.5 with AMX, 1.1 to 1.6 with AVX512-BF16, 3 to 18 without; fp16 0.9 with AVX512-FP16,
+    16 to 27 without.
+
+    For a module that trains to call from its forward; costs a fraction of a microsecond, nothing in
+    a compiled graph. Without gradients, on other devices than CPUs and outside autocast it does
+    nothing.
+
+    Args:
+        x: the module's input or output; only its device matters.
+    """
+    if (
+        torch.is_autocast_enabled("cpu")
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+    ):
+        _warn_if_slow(torch.get_autocast_dtype("cpu"))
+
+
+@functools.cache
+def _warn_if_slow(dtype: torch.dtype) -> None:
+    # Arm's processors were not measured.
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    if dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+        lacking, times = "AMX", "1.1 to 18"
+    elif dtype == torch.float16 and not _multiplies_fp16():
+        lacking, times = "AVX512-FP16", "6 to 27"
+    else:
+        return
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f'training under torch.autocast("cpu", {dtype}) is slower than in float32 on this '
+        f"processor, which has no {lacking}: torch's {name} products take {times} times as long",
+        stacklevel=3,
+    )
+
+
+def _multiplies_fp16() -> bool:
+    """Whether oneDNN multiplies fp16 here; torch may be built without it."""
+    mkldnn = torch.ops.mkldnn
+    return hasattr(mkldnn, "_is_mkldnn_fp16_supported") and mkldnn._is_mkldnn_fp16_supported()
+
+
 def is_untouched(layer: nn.Module) -> bool:
     """Whether calling the layer and all below it does what their classes say and nothing else.
 
-    accelerate puts another forward into a layer to fetch offloaded weights, and hooks want to be
-    called.
+    accelerate puts another forward into a layer to fetch offloaded weights, compile() puts one
+    before it, hooks want to be called, those of all modules (torch.nn.modules.module) included,
+    and tracers and profilers put functions of their own into classes.
     """
-    return not any(
-        "forward" in vars(each)
-        or each._forward_hooks
-        or each._forward_pre_hooks
-        or each._backward_hooks
-        or each._backward_pre_hooks
-        for each in layer.modules()
+    return not _has_global_hooks() and all(map(_is_untouched, layer.modules()))
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks that are called with every module."""
+    hooks = torch.nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     )
+
+
+def _is_untouched(layer: nn.Module) -> bool:
+    """is_untouched without what is below the layer and without the hooks of all modules."""
+    own, kind = vars(layer), type(layer)
+    return not (
+        "forward" in own
+        or "_call_impl" in own
+        or layer._compiled_call_impl is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or _origin(kind.forward) != kind.__module__
+        or _origin(kind.__call__) != nn.Module.__module__
+        or _origin(kind._call_impl) != nn.Module.__module__
+    )
+
+
+def _origin(function: Any) -> str | None:
+    """The module whose text defines a function, which functools.wraps does not change."""
+    return getattr(function, "__globals__", {}).get("__name__")
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling the layer is a matrix product plus a bias and nothing else.
 
-    Adapters, quantisers and parametrizations put a module of another type in its place.
+    Adapters, quantisers and parametrizations put a module of another type in its place, or leave
+    the layer and give it a weight of another type.
     """
-    return type(layer) is nn.Linear and layer.bias is not None and is_untouched(layer)
+    return (
+        type(layer) is nn.Linear
+        and is_plain_tensor(layer.weight)
+        and is_plain_tensor(layer.bias)
+        and not _has_global_hooks()
+        and _is_untouched(layer)
+    )
+
+
+def is_plain_tensor(x: object) -> bool:
+    """Whether x is a tensor, or a parameter, of no class of its own.
+
+    Quantised, sharded and other tensors of their own classes decide what a product is: they know
+    F.linear, and not always torch.cat.
+    """
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
