@@ -11,6 +11,7 @@ for a function of five; here it works.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -53,9 +54,10 @@ class _MultiPoint(nn.Module):
         super().__init__()
         _common.check_sizes(embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels)
         _common.check_heads(embed_dim, num_heads, "embed_dim")
-        if isinstance(num_points, int):
-            num_points = [num_points] * num_levels
-        points = _checks.integers("num_points", num_points, "an integer or one for each level")
+        try:
+            points = [operator.index(num_points)] * num_levels  # type: ignore[arg-type]
+        except TypeError:
+            points = _checks.integers("num_points", num_points, "an integer or one for each level")
         if len(points) != num_levels or min(points) < 1:
             raise ValueError(
                 f"num_points: expected a positive number, or {num_levels} (num_levels), "
