@@ -77,6 +77,8 @@ def is_tensor(name: str, value: object) -> None:
     """Raises TypeError unless `value` is a tensor, ValueError unless it is a dense one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_described(value)}")
+    if torch.compiler.is_compiling():
+        return  # Dynamo does not let the backward of an autograd.Function ask for a layout
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise ValueError(f"{name}: expected a dense tensor, got one of layout {layout}")

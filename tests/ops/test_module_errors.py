@@ -79,8 +79,8 @@ def test_wrong_tensors_are_named(name, change, grad):
             "input_spatial_shapes: expected 2 levels (n_levels), got 1",
         ),
         (
-            {"input_spatial_shapes": [(4, 4), (2, 0)]},
-            "input_spatial_shapes[1]: expected H, W >= 1, got (2, 0)",
+            {"input_spatial_shapes": [(4, 4), (2, -1)]},
+            "input_spatial_shapes[1]: expected H, W >= 0, got (2, -1)",
         ),
         (
             {"input_level_start_index": [0, 17]},
@@ -96,6 +96,20 @@ def test_wrong_tensors_are_named(name, change, grad):
 )
 def test_message(changes, expected):
     assert error_of(**changes) == (ValueError, expected)
+
+
+@pytest.mark.parametrize("name", ["input_spatial_shapes", "input_level_start_index"])
+@pytest.mark.parametrize(
+    "wrong", [5, "16", {4: 4, 2: 2}, torch.tensor(4), torch.zeros(2, 2, device="meta")], ids=repr
+)
+def test_what_are_no_levels_is_named(name, wrong):
+    kind, message = error_of(**{name: wrong})
+    assert kind is (ValueError if isinstance(wrong, torch.Tensor) and wrong.dim() else TypeError)
+    assert message.startswith(f"{name}: expected ")
+
+
+def test_no_levels_at_all_are_named():
+    assert error_of(input_spatial_shapes=None)[1].startswith("input_spatial_shapes: expected ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
