@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """No images, no queries, no pixels, no points: empty results where the originals give them."""
 
-import importlib
-
 import pytest
 import torch
 
-from optional import require_integration
 from vitadapter_ops.compat import (
     dcnv4,
     deformable_detr,
@@ -18,7 +15,6 @@ from vitadapter_ops.compat import (
     rfdetr,
     rtdetr,
 )
-from vitadapter_ops.compat.transformers import patch_transformers
 
 HEADS, WIDTH = 4, 8
 CHANNELS = HEADS * WIDTH
@@ -211,36 +207,3 @@ def test_extensions(size, points):
     mmcv.ms_deform_attn_backward(*arguments, grad, *targets, 64)
     for mine, theirs in zip(gradients, targets, strict=True):
         assert torch.equal(mine, theirs)
-
-
-# --- patched transformers
-
-
-@pytest.mark.parametrize("size", [(0, 5, SHAPES), (2, 0, SHAPES)], ids=["no images", "no queries"])
-@pytest.mark.parametrize("package", ["mask2former", "oneformer"])
-def test_patched_modules(package, size):
-    require_integration("transformers")
-    module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-    (made,) = (
-        each
-        for name, each in vars(module).items()
-        if name.endswith("MultiscaleDeformableAttention") and isinstance(each, type)
-    )
-    attention = made(CHANNELS, HEADS, 2, 3)
-    (query, value, reference), shapes = tensors(size, 2)
-
-    def results():
-        output, weights = attention(
-            hidden_states=query, encoder_hidden_states=value, reference_points=reference,
-            spatial_shapes_list=shapes, level_start_index=torch.tensor([0, 30]),
-            attention_mask=torch.zeros(value.shape[:2], dtype=torch.bool),
-            **({} if package == "mask2former" else {"spatial_shapes": torch.tensor(shapes)}),
-        )  # fmt: skip
-        gradients = torch.autograd.grad(output.sum() + weights.sum(), (query, value, reference))
-        return output, weights, *gradients
-
-    expected = results()
-    with patch_transformers(package):
-        got = results()
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)

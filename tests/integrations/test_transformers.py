@@ -221,6 +221,30 @@ def test_discrete_sampling(name):
     drop_in_checks.check(original, ours, module, tensors(name, 4))
 
 
+def without(what, given):
+    """Tensors of no images, or of no queries."""
+    if what == "images":
+        return [each[:0] for each in given]
+    query, value, reference, *position = given
+    return [query[:, :0], value, reference[:, :0], *(each[:, :0] for each in position)]
+
+
+@pytest.mark.parametrize("what", ["images", "queries"])
+@pytest.mark.parametrize("name", INSTALLED)
+def test_modules_take_no_images_and_no_queries(name, what):
+    mask = padding()[: 0 if what == "images" else BATCH]
+    original, ours = both(name, mask)
+    module = attention(name)
+    given = [each.requires_grad_() for each in without(what, tensors(name, 4))]
+
+    def results(function):
+        output, weights = function(module, *given)
+        return output, weights, *torch.autograd.grad(output.sum() + weights.sum(), given)
+
+    for mine, theirs in zip(results(ours), results(original), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("name", INSTALLED)
 def test_sixteen_bit_modules_stay_sixteen_bit(name):
     original, ours = both(name)
