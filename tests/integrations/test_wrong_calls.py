@@ -358,6 +358,8 @@ def test_constructors_name_the_size(make, name, wrong):
         (lambda: detrex.MultiScaleDeformableAttention(10, 3), "num_heads: .* embed_dim = 10"),
         (lambda: mmcv.MultiScaleDeformableAttention(value_proj_ratio=0.0), "value_proj_ratio: "),
         (lambda: mmcv.MultiScaleDeformableAttention(value_proj_ratio="1"), "value_proj_ratio: "),
+        (lambda: mmcv.MultiScaleDeformableAttention(dropout=None), "dropout: expected a number"),
+        (lambda: mmcv.MultiScaleDeformableAttention(dropout=2.0), "dropout "),
         (lambda: rtdetr.MSDeformableAttention(offset_scale=None), "offset_scale: expected"),
         (lambda: rtdetr.MSDeformableAttention(offset_scale=float("nan")), "offset_scale: expect"),
         (lambda: rtdetr.MSDeformableAttention(num_points=[4, 4, 4, 4.5]), "num_points: expected"),

@@ -20,6 +20,8 @@ from ..reference import compute_dtype
 
 SpatialShapes = _checks.SpatialShapes
 
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
 
 def sample(
     value: Tensor,
@@ -40,9 +42,6 @@ def sample(
     Returns:
         [B, Q, M * D], dtype of value.
     """
-    _checks.is_tensor("value", value)
-    _checks.is_tensor("sampling_locations", sampling_locations)
-    _checks.is_tensor("attention_weights", attention_weights)
     return ms_deform_attn(
         value,
         spatial_shapes,
@@ -53,8 +52,12 @@ def sample(
 
 
 def widened(value: Tensor, tensor: Tensor) -> Tensor:
-    """Locations or weights of 16 bits in the dtype of arithmetic, unless value is of that dtype."""
-    if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != value.dtype:
+    """Locations or weights of 16 bits in the dtype of arithmetic, unless value is of that dtype.
+
+    What is no tensor is left to the operator's checks.
+    """
+    given = isinstance(tensor, Tensor) and isinstance(value, Tensor)
+    if given and tensor.dtype in _SIXTEEN_BITS and tensor.dtype != value.dtype:
         return tensor.to(compute_dtype(value.dtype))
     return tensor
 

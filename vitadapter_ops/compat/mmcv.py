@@ -75,6 +75,7 @@ class MultiScaleDeformableAttention(nn.Module):
         )
         _common.check_heads(embed_dims, num_heads, "embed_dims")
         _common.check_number("value_proj_ratio", value_proj_ratio)
+        _common.check_number("dropout", dropout)
         self.norm_cfg = norm_cfg
         self.init_cfg = init_cfg
         self.dropout = nn.Dropout(dropout)
