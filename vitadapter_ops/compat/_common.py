@@ -392,14 +392,13 @@ def locations(
         ]
         reference_points = torch.cat(columns, 2)
     reference_points = reference_points.unsqueeze(2)
-    # Filled on the device: a tensor made from Python numbers would be copied from the host.
+    # Filled on the device, each side once: a tensor made from Python numbers would be copied from
+    # the host, and every fill is a launch on a GPU.
     if coordinates == 2:
-        sides = [
-            sampling_offsets.new_full((1,), side)
-            for (height, width), points in zip(rows, num_points, strict=True)
-            for side in (width, height) * points
-        ]
-        return reference_points + sampling_offsets / torch.cat(sides).view(-1, 2)
+        filled = [sampling_offsets.new_full((1,), side) for row in rows for side in row[::-1]]
+        sides = torch.cat(filled).view(-1, 1, 2)
+        each = [side.expand(points, 2) for side, points in zip(sides, num_points, strict=True)]
+        return reference_points + sampling_offsets / torch.cat(each)
     share = shares(sampling_offsets, num_points, offset_scale).unsqueeze(-1)
     return reference_points[..., :2] + sampling_offsets * share * reference_points[..., 2:]
 
