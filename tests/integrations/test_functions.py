@@ -176,7 +176,7 @@ def test_mixed_precisions_are_widened(dtype):
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
 @pytest.mark.parametrize("step", [1, 2, 64])
-def test_any_im2col_step_is_accepted(batch, step):
+def test_any_positive_im2col_step_is_accepted(batch, step):
     value, locations, weights = (t[:1].expand(batch, *t.shape[1:]).contiguous() for t in tensors())
     out = msda.ms_deform_attn_forward(value, TENSOR, STARTS, locations, weights, step)
     assert torch.equal(out, out[:1].expand_as(out))
@@ -246,6 +246,40 @@ def test_levels_with_their_own_points_in_one_graph(function, method):
     torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
+@pytest.mark.parametrize("method", ["default", "discrete"])
+@pytest.mark.parametrize(
+    "function",
+    [functions.deformable_attention_core_func_v2, functions.multi_scale_deformable_attention_v2],
+)
+def test_locations_that_are_not_finite_contribute_zero(function, method):
+    """Also where they would be rounded to integers, of which NaN is none."""
+    value, locations, logits = many()
+    weights = logits.softmax(-1)
+    for coordinate, number in ((0, torch.nan), (1, torch.inf), (0, -torch.inf)):
+        bad = locations.clone()
+        bad[:, ::2, :, 4, coordinate] = number
+        without = weights.clone()
+        without[:, ::2, :, 4] = 0
+        leaves = [each.clone().requires_grad_() for each in (value, weights)]
+        got = function(leaves[0], SHAPES, bad, leaves[1], MANY, method)
+        torch.testing.assert_close(got, function(value, SHAPES, locations, without, MANY, method))
+        got.sum().backward()
+        assert leaves[0].grad.isfinite().all()
+        assert not leaves[1].grad[:, ::2, :, 4].any()
+
+
+def test_discrete_locations_beyond_the_integers_are_limited():
+    value, locations, logits = many()
+    function = functions.multi_scale_deformable_attention_v2
+    for far, limit in ((1e30, 1.0), (-1e30, 0.0)):
+        moved, edge = locations.clone(), locations.clone()
+        moved[..., 4, 0], edge[..., 4, 0] = far, limit
+        arguments = (logits.softmax(-1), MANY, "discrete")
+        assert torch.equal(
+            function(value, SHAPES, moved, *arguments), function(value, SHAPES, edge, *arguments)
+        )
+
+
 def test_value_as_a_list_of_levels():
     value, locations, logits = many()
     levels = value.permute(0, 2, 3, 1).split([40, 12, 4], -1)
@@ -266,6 +300,16 @@ def test_errors_name_the_argument():
         function(value, SHAPES, locations, logits, [4, 7])
     with pytest.raises(ValueError, match="sampling_locations: expected 12 points"):
         function(value, SHAPES, locations, logits, [4, 4, 4])
+    levels = list(value.permute(0, 2, 3, 1).split([40, 12, 4], -1))
+    for wrong, message in (
+        (None, "value: expected a torch.Tensor, or one for each level, got None"),
+        ([], "value: expected a torch.Tensor, or one for each level, got list"),
+        ([levels[0], None, levels[2]], r"value\[1\]: expected a torch.Tensor, got None"),
+        ([levels[0], levels[1].double(), levels[2]], r"value\[1\]: expected dtype float32"),
+        ([levels[0], levels[1][:1], levels[2]], r"value\[1\]: expected \[2, 3, 8, 12\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(wrong, SHAPES, locations, logits, MANY)
 
 
 # --- the extension's name

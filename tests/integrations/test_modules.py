@@ -262,11 +262,12 @@ def test_constructors_name_what_is_wrong(make, message):
 def test_forward_names_what_is_wrong():
     module = mmcv.MultiScaleDeformableAttention(WIDTH, **SIZE)
     query, value, reference = tensors(2)
-    with pytest.raises(ValueError, match="reference_points: expected a tensor, got None"):
-        module(query, value=value, spatial_shapes=TENSOR)
+    first_query, first_value = query.transpose(0, 1), value.transpose(0, 1)
+    with pytest.raises(TypeError, match=r"reference_points: expected a torch\.Tensor, got None"):
+        module(first_query, value=first_value, spatial_shapes=TENSOR)
     with pytest.raises(ValueError, match="reference_points: expected"):
         mmcv_call(module, query, value, reference[..., :1], None)
-    with pytest.raises(ValueError, match="padding_mask: expected"):
+    with pytest.raises(ValueError, match=r"^key_padding_mask: expected"):
         mmcv_call(module, query, value, reference, mask()[:, :-1])
     packed = torch.zeros(BATCH, QUERIES, HEADS, 3 * 3 * POINTS - 1)
     with pytest.raises(ValueError, match="sampling_loc_attn: expected"):

@@ -9,6 +9,7 @@ import torch
 
 import drop_in_checks
 from optional import require_integration
+from tolerances import DROP_IN_ULPS, assert_as_accurate_as_eager
 from vitadapter_ops.compat import functions
 from vitadapter_ops.compat.kernels import MultiScaleDeformableAttention, kernel_mapping
 from vitadapter_ops.compat.transformers import MODELS, patch_transformers
@@ -220,6 +221,30 @@ def test_discrete_sampling(name):
     drop_in_checks.check(original, ours, module, tensors(name, 4))
 
 
+def without(what, given):
+    """Tensors of no images, or of no queries."""
+    if what == "images":
+        return [each[:0] for each in given]
+    query, value, reference, *position = given
+    return [query[:, :0], value, reference[:, :0], *(each[:, :0] for each in position)]
+
+
+@pytest.mark.parametrize("what", ["images", "queries"])
+@pytest.mark.parametrize("name", INSTALLED)
+def test_modules_take_no_images_and_no_queries(name, what):
+    mask = padding()[: 0 if what == "images" else BATCH]
+    original, ours = both(name, mask)
+    module = attention(name)
+    given = [each.requires_grad_() for each in without(what, tensors(name, 4))]
+
+    def results(function):
+        output, weights = function(module, *given)
+        return output, weights, *torch.autograd.grad(output.sum() + weights.sum(), given)
+
+    for mine, theirs in zip(results(ours), results(original), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("name", INSTALLED)
 def test_sixteen_bit_modules_stay_sixteen_bit(name):
     original, ours = both(name)
@@ -230,6 +255,50 @@ def test_sixteen_bit_modules_stay_sixteen_bit(name):
     for mine, theirs, true in zip(got, expected, exact, strict=True):
         assert mine.dtype == theirs.dtype == torch.bfloat16
         assert (mine - true).abs().max() <= (theirs - true).abs().max() * 1.5 + 0.01
+
+
+# --- gradients of the weights that modules return
+
+
+def gradients_at_the_weights(module, given, name):
+    """By retain_grad, and by autograd.grad with the graph cut off behind the weights."""
+    given = [each.detach().requires_grad_() for each in given]
+    output, weights = call(name, padding(), module, *given)
+    weights.retain_grad()
+    (alone,) = torch.autograd.grad(output.square().sum(), weights, retain_graph=True)
+    output.square().sum().backward()
+    return alone, weights.grad
+
+
+METHODS = [(name, "default") for name in INSTALLED] + [(name, "discrete") for name in PER_LEVEL]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "method"), METHODS)
+def test_gradients_reach_the_returned_weights(name, method, dtype):
+    module, given = attention(name, method=method), tensors(name, 4)
+
+    def gradients(dtype):
+        torch.manual_seed(1)  # of the mask
+        return gradients_at_the_weights(module.to(dtype), [each.to(dtype) for each in given], name)
+
+    exact, eager = gradients(torch.float64), gradients(dtype)
+    with patch_transformers(name):
+        got = gradients(dtype)
+    for mine, theirs, true in zip(got, eager, exact, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        assert_as_accurate_as_eager(name, mine, theirs, true, DROP_IN_ULPS)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_weights_are_the_same_with_and_without_gradients(name):
+    _, ours = both(name, padding())
+    module, given = attention(name), tensors(name, 4)
+    recorded = ours(module, *given)
+    with torch.no_grad():
+        fused = ours(module, *given)
+    for mine, other in zip(recorded, fused, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_originals_come_back():
@@ -286,8 +355,10 @@ def test_a_call_that_the_original_refuses_is_refused():
     with patch_transformers("mask2former"):
         with pytest.raises(TypeError, match="unexpected keyword argument 'spatial_shapes'"):
             module(query, spatial_shapes=TENSOR)
-        with pytest.raises(ValueError, match="reference_points and spatial_shapes: expected all"):
+        with pytest.raises(TypeError, match=r"encoder_hidden_states: expected a torch\.Tensor"):
             module(query)
+        with pytest.raises(TypeError, match="multiple values for argument 'hidden_states'"):
+            module(query, hidden_states=query)
 
 
 def test_a_forward_with_other_arguments_keeps_its_own(monkeypatch):
@@ -603,6 +674,58 @@ def test_returned_attentions_are_the_originals(transformers):
         assert len(expected[key]) == 2
         for mine, theirs in zip(got[key], expected[key], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [deformable_detr, mask2former], ids=lambda f: f.__name__)
+def test_gradients_reach_the_attentions_of_a_model(transformers, build):
+    """What transformers' own common test of retained gradients asks."""
+    model, inputs = build()
+    inputs = {key: value for key, value in inputs.items() if "labels" not in key}
+    kept = []
+
+    def keep(module, arguments, output):
+        output[1].retain_grad()
+        kept.append(output[1])
+
+    found = attention_class(build.__name__)
+    for module in model.modules():
+        if isinstance(module, found):
+            module.register_forward_hook(keep)  # as transformers collects attentions
+
+    def gradients():
+        kept.clear()
+        outputs = model.eval()(**inputs)
+        outputs[0].square().sum().backward()
+        return [each.grad for each in kept]
+
+    expected = gradients()
+    assert len(expected) >= 2
+    assert not any(each is None for each in expected)
+    with patch_transformers(build.__name__):
+        got = gradients()
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+
+
+def test_gradients_reach_the_attentions_that_a_model_returns(transformers):
+    """The same by the names that transformers gives them."""
+    model, inputs = deformable_detr()
+    del inputs["labels"]
+    model.eval()
+
+    def gradients():
+        outputs = model(**inputs, output_attentions=True)
+        kept = outputs.encoder_attentions + outputs.cross_attentions
+        for each in kept:
+            each.retain_grad()
+        outputs.logits.square().sum().backward()
+        return [each.grad for each in kept]
+
+    expected = gradients()
+    with patch_transformers("deformable_detr"):
+        got = gradients()
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
 # --- the kernels package

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
-from ..functional import ms_deform_attn, ms_deform_attn_from_offsets
+from .. import _checks, _dispatch, _ops
+from ..functional import _grown, _level_table, ms_deform_attn, ms_deform_attn_from_offsets
 from ..modules import initial_offsets, offsets_and_logits
 from ..reference import compute_dtype
 
 SpatialShapes = _checks.SpatialShapes
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def sample(
@@ -47,8 +52,12 @@ def sample(
 
 
 def widened(value: Tensor, tensor: Tensor) -> Tensor:
-    """Locations or weights of 16 bits in the dtype of arithmetic, unless value is of that dtype."""
-    if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != value.dtype:
+    """Locations or weights of 16 bits in the dtype of arithmetic, unless value is of that dtype.
+
+    What is no tensor is left to the operator's checks.
+    """
+    given = isinstance(tensor, Tensor) and isinstance(value, Tensor)
+    if given and tensor.dtype in _SIXTEEN_BITS and tensor.dtype != value.dtype:
         return tensor.to(compute_dtype(value.dtype))
     return tensor
 
@@ -77,15 +86,15 @@ def sample_lists(
     Returns:
         [B, Q, M * D], dtype of value.
     """
-    _checks.rank("value", value, "B, S, M, D")
-    _checks.rank("sampling_locations", sampling_locations, "B, Q, M, points, 2")
-    _checks.rank("attention_weights", attention_weights, "B, Q, M, points")
+    for name, tensor, layout in (
+        ("value", value, "B, S, M, D"),
+        ("sampling_locations", sampling_locations, "B, Q, M, points, 2"),
+        ("attention_weights", attention_weights, "B, Q, M, points"),
+    ):
+        _checks.is_tensor(name, tensor)
+        _checks.rank(name, tensor, layout)
     sizes, starts = _checks.levels(spatial_shapes, level_start_index, value.shape[1])
-    if len(num_points) != len(sizes) or min(num_points) < 1:
-        raise ValueError(
-            f"num_points_list: expected {len(sizes)} positive numbers (levels in spatial_shapes), "
-            f"got {list(num_points)}"
-        )
+    num_points = points_of_levels(num_points, len(sizes))
     for name, points in (
         ("sampling_locations", sampling_locations.shape[3]),
         ("attention_weights", attention_weights.shape[3]),
@@ -99,9 +108,96 @@ def sample_lists(
     return sample(
         value,
         [sizes[level] for level in levels],
-        torch.unflatten(sampling_locations, 3, (-1, group)),
-        torch.unflatten(attention_weights, 3, (-1, group)),
+        torch.unflatten(sampling_locations, 3, (len(levels), group)),
+        torch.unflatten(attention_weights, 3, (len(levels), group)),
         [starts[level] for level in levels],
+    )
+
+
+def points_of_levels(num_points: Sequence[int], levels: int) -> list[int]:
+    """The number of points of each level as a list, checked.
+
+    Raises:
+        TypeError: no sequence.
+        ValueError: not one positive integer for each level.
+    """
+    counts = _checks.integers("num_points_list", num_points)
+    if len(counts) != levels or min(counts) < 1:
+        raise ValueError(
+            f"num_points_list: expected {levels} positive numbers (levels in spatial_shapes), "
+            f"got {counts}"
+        )
+    return counts
+
+
+def sample_backward(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Sequence[int] | Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `sample` for compiled extensions, which are called without autograd.
+
+    Args:
+        value: as in `sample`, like the next four.
+        spatial_shapes: see there.
+        level_start_index: see there.
+        sampling_locations: see there.
+        attention_weights: see there.
+        grad_output: [B, Q, M * D], dtype and device of value.
+
+    Returns:
+        The gradients of value, sampling_locations and attention_weights, in their dtypes.
+
+    Raises:
+        TypeError: a tensor is none.
+        ValueError: sizes, dtypes or devices disagree.
+    """
+    for name, tensor in (
+        ("value", value),
+        ("sampling_locations", sampling_locations),
+        ("attention_weights", attention_weights),
+        ("grad_output", grad_output),
+    ):
+        _checks.is_tensor(name, tensor)
+    _checks.rank("value", value, "B, S, M, D")
+    sizes, starts = _checks.levels(spatial_shapes, level_start_index, value.shape[1])
+    points = widened(value, sampling_locations)
+    weights = widened(value, attention_weights)
+    _checks.ms_deform_attn(value, len(sizes), points, weights)
+    _checks.dtype("grad_output", grad_output, (value.dtype,), " (that of value)")
+    _checks.device("grad_output", grad_output, value.device, "value")
+    _checks.shape(
+        "grad_output",
+        grad_output,
+        (value.shape[0], points.shape[1], value.shape[2] * value.shape[3]),
+        "value and sampling_locations",
+    )
+    widest = torch.promote_types(points.dtype, weights.dtype)
+    op = _dispatch.choose("auto", "ms_deform_attn", value.device.type, value.dtype, len(sizes))
+    backward = f"{op}_backward"
+    if torch.are_deterministic_algorithms_enabled():
+        backward = _ops.deterministic_backward("ms_deform_attn", op, value)
+    pixels = value.shape[1]
+    flat, starts, grown = _level_table(sizes, starts, pixels)
+    grads = getattr(torch.ops.vitadapter_ops, backward)(
+        grad_output,
+        _grown(value)[0] if grown else value,
+        flat,
+        starts,
+        points.to(widest),
+        weights.to(widest),
+        True,
+        True,
+        True,
+    )
+    grad_value, grad_locations, grad_weights = grads
+    return (
+        grad_value[:, :pixels] if grown else grad_value,
+        grad_locations.to(sampling_locations.dtype),
+        grad_weights.to(attention_weights.dtype),
     )
 
 
@@ -117,10 +213,13 @@ def attend(
     level_start_index: Sequence[int] | Tensor | None = None,
     padding: Tensor | None = None,
     return_weights: bool = False,
+    by_level: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What the modules do between the projections of value and output.
 
-    Offsets and logits from the query, then locations, softmax and sampling in one step.
+    Offsets and logits from the query, then locations, softmax and sampling in one step. Where the
+    weights are returned and get a gradient, softmax is a step of its own: the output has to depend
+    on the very tensor that is returned, for gradients to reach it.
 
     Args:
         module: has the layers `sampling_offsets` and `attention_weights`.
@@ -132,36 +231,56 @@ def attend(
         num_points: points on each level.
         offset_scale: with boxes, how much of one the points reach over.
         level_start_index: as in `sample`.
-        padding: [B, S], nonzero where the value is padding and reads as zero.
+        padding: [B, S] bool, True where the value is padding and reads as zero.
         return_weights: whether anyone wants the weights.
+        by_level: return them as [B, Q, M, L, P]; all levels have P points.
 
     Returns:
         [B, Q, M * D] in the dtype of value, and the weights [B, Q, M, sum(num_points)] in the dtype
         that softmax would give, or None.
+
+    Raises:
+        TypeError: a tensor is none.
+        ValueError: sizes, dtypes or devices disagree; in the names of these arguments, but for
+            `padding_mask`.
     """
+    check_reference_points(reference_points)
+    check_levels(spatial_shapes, len(num_points))
     offsets, logits = offsets_and_logits(module, query)
     # As autocast does before a softmax, except on CPUs.
     device = value.device.type
     if return_weights and device != "cpu" and torch.is_autocast_enabled(device):
         logits = logits.to(compute_dtype(logits.dtype))
+    total = sum(num_points)
+    heads = logits.shape[-1] // total
+    value = torch.unflatten(value, -1, (heads, -1))
+    offsets = torch.unflatten(offsets, -1, (heads, total, 2))
+    logits = torch.unflatten(logits, -1, (heads, total))
+    if return_weights and logits.requires_grad:
+        return _attend_in_steps(
+            sample_lists, value, spatial_shapes, reference_points, offsets, logits, num_points,
+            offset_scale, padding, by_level, level_start_index,
+        )  # fmt: skip
     scale: float | Tensor | None = None
     # Half a box per point is the operator's default.
     if reference_points.shape[-1] == 4 and offset_scale != 0.5:
         scale = shares(logits.to(compute_dtype(value.dtype)), num_points, offset_scale)
-    shape = (*logits.shape[:2], -1, sum(num_points))
     result = ms_deform_attn_from_offsets(
-        torch.unflatten(value, -1, (logits.shape[-1] // sum(num_points), -1)),
+        value,
         spatial_shapes,
         reference_points,
-        offsets.view(*shape, 2),
-        logits.view(shape),
+        offsets,
+        logits,
         level_start_index=level_start_index,
-        padding_mask=None if padding is None else padding.to(torch.bool),
+        padding_mask=padding,
         points_per_level=num_points,
         offset_scale=scale,
         return_weights=return_weights,
     )
-    return result if isinstance(result, tuple) else (result, None)
+    if isinstance(result, Tensor):
+        return result, None
+    output, weights = result
+    return output, torch.unflatten(weights, -1, (len(num_points), -1)) if by_level else weights
 
 
 def attend_to_nearest(
@@ -192,19 +311,59 @@ def attend_to_nearest(
     Returns:
         As `attend`, always with the weights.
     """
-    if padding is not None:
-        value = value.masked_fill(padding.to(torch.bool).unsqueeze(-1), 0.0)
+    check_reference_points(reference_points)
+    check_levels(spatial_shapes, len(num_points))
     # Two products: from one, the offsets would get a gradient of zero instead of none, and
     # optimizers tell the two apart.
     layers: Any = module
     offsets, logits = layers.sampling_offsets(query), layers.attention_weights(query)
-    shape = (*logits.shape[:2], -1, sum(num_points))
-    weights = logits.view(shape).softmax(-1)
-    points = locations(
-        reference_points, offsets.view(*shape, 2), spatial_shapes, num_points, offset_scale
+    total = sum(num_points)
+    heads = logits.shape[-1] // total
+    return _attend_in_steps(
+        partial(function, method="discrete"),
+        torch.unflatten(value, -1, (heads, -1)),
+        spatial_shapes,
+        reference_points,
+        torch.unflatten(offsets, -1, (heads, total, 2)),
+        torch.unflatten(logits, -1, (heads, total)),
+        num_points,
+        offset_scale,
+        padding,
+        False,
     )
-    value = torch.unflatten(value, -1, (weights.shape[2], -1))
-    return function(value, spatial_shapes, points, weights, num_points, "discrete"), weights
+
+
+def _attend_in_steps(
+    function: Callable[..., Tensor],
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    num_points: Sequence[int],
+    offset_scale: float,
+    padding: Tensor | None,
+    by_level: bool,
+    *starts: Sequence[int] | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax, locations, then `function`; the output, and the weights that it was made from."""
+    batch, pixels = value.shape[:2]
+    if padding is not None:
+        _checks.padding_mask(padding, batch, pixels)
+        _checks.device("padding_mask", padding, value.device, "value")
+        value = value.masked_fill(padding[..., None, None], 0.0)
+    if isinstance(spatial_shapes, Tensor) and not torch.compiler.is_compiling():
+        spatial_shapes = _checks.pairs(spatial_shapes)  # read back once for all
+    compute = compute_dtype(value.dtype)
+    weights = logits.softmax(-1, dtype=compute).to(logits.dtype)
+    if by_level:
+        weights = torch.unflatten(weights, -1, (len(num_points), -1))
+    points = locations(
+        reference_points, offsets.to(compute), spatial_shapes, num_points, offset_scale
+    )
+    # What is returned, and not another view of it: it is what people ask the gradient of.
+    used = weights.flatten(3)
+    return function(value, spatial_shapes, points, used, num_points, *starts), weights
 
 
 def shares(like: Tensor, num_points: Sequence[int], offset_scale: float) -> Tensor:
@@ -220,13 +379,11 @@ def locations(
     offset_scale: float = 0.5,
 ) -> Tensor:
     """Where `attend` samples, for offsets [B, Q, M, sum(num_points), 2]; shaped as these."""
-    rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    rows = _checks.pairs(spatial_shapes)
+    batch, queries = sampling_offsets.shape[:2]
+    _checks.device("reference_points", reference_points, sampling_offsets.device, "query")
+    _checks.reference_points(reference_points, batch, queries, len(num_points))
     levels, coordinates = reference_points.shape[2:]
-    if coordinates not in (2, 4) or levels not in (1, len(num_points)):
-        raise ValueError(
-            f"reference_points: expected [B, Q, {len(num_points)} or 1, 2 or 4], "
-            f"got {list(reference_points.shape)}"
-        )
     if levels > 1:
         # [B, Q, L, C] -> [B, Q, sum(num_points), C], every level as often as it has points.
         columns = [
@@ -235,14 +392,13 @@ def locations(
         ]
         reference_points = torch.cat(columns, 2)
     reference_points = reference_points.unsqueeze(2)
-    # Filled on the device: a tensor made from Python numbers would be copied from the host.
+    # Filled on the device, each side once: a tensor made from Python numbers would be copied from
+    # the host, and every fill is a launch on a GPU.
     if coordinates == 2:
-        sides = [
-            sampling_offsets.new_full((1,), side)
-            for (height, width), points in zip(rows, num_points, strict=True)
-            for side in (width, height) * points
-        ]
-        return reference_points + sampling_offsets / torch.cat(sides).view(-1, 2)
+        filled = [sampling_offsets.new_full((1,), side) for row in rows for side in row[::-1]]
+        sides = torch.cat(filled).view(-1, 1, 2)
+        each = [side.expand(points, 2) for side, points in zip(sides, num_points, strict=True)]
+        return reference_points + sampling_offsets / torch.cat(each)
     share = shares(sampling_offsets, num_points, offset_scale).unsqueeze(-1)
     return reference_points[..., :2] + sampling_offsets * share * reference_points[..., 2:]
 
@@ -262,6 +418,127 @@ def init_like_deformable_detr(module: nn.Module, heads: int, num_points: Sequenc
             assert isinstance(linear, nn.Linear)
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+
+def count_levels(spatial_shapes: SpatialShapes) -> int:
+    """The number of levels, without reading a tensor back.
+
+    Raises:
+        TypeError: no table of levels.
+    """
+    if hasattr(spatial_shapes, "__len__") and getattr(spatial_shapes, "ndim", 1) > 0:
+        return len(spatial_shapes)
+    return len(_checks.pairs(spatial_shapes))  # it says what it should be
+
+
+def check_levels(spatial_shapes: SpatialShapes, levels: int) -> None:
+    """Raises ValueError for a table of another number of levels than the module has."""
+    found = count_levels(spatial_shapes)
+    if found != levels:
+        raise ValueError(
+            f"spatial_shapes: expected {levels} levels, as the module has, got {found}"
+        )
+
+
+def check_tokens(
+    module: nn.Module, query: Tensor, value: Tensor, *, batch_first: bool = True
+) -> None:
+    """Checks what a module projects: query [B, Q, C], value [B, S, C].
+
+    Args:
+        module: has the layer `sampling_offsets`, and `value_proj` unless value is not projected.
+        query: what offsets and logits are made from.
+        value: what is sampled.
+        batch_first: B before Q and S; else after it.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: rank, dtype, width, batch or device is not as it should be.
+    """
+    batch = 0 if batch_first else 1
+    for name, tensor, length, layer in (
+        ("query", query, "Q", "sampling_offsets"),
+        ("value", value, "S", "value_proj"),
+    ):
+        _checks.is_tensor(name, tensor)
+        layout = f"B, {length}, C" if batch_first else f"{length}, B, C"
+        _checks.rank(name, tensor, layout)
+        _checks.dtype(name, tensor, _checks.FLOATING)
+        # Layers that take the place of a Linear may not say how wide their input is.
+        projection = getattr(module, layer, module.get_submodule("sampling_offsets"))
+        width = getattr(projection, "in_features", tensor.shape[2])
+        if tensor.shape[2] != width:
+            raise ValueError(
+                f"{name}: expected {width} channels [{layout}], got shape {list(tensor.shape)}"
+            )
+    _checks.device("query", query, value.device, "value")
+    if query.shape[batch] != value.shape[batch]:
+        raise ValueError(
+            f"query: expected {value.shape[batch]} images (from value), "
+            f"got shape {list(query.shape)}"
+        )
+
+
+def check_reference_points(points: Tensor) -> None:
+    """Checks what does not depend on other arguments.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a floating one of four dimensions.
+    """
+    _checks.is_tensor("reference_points", points)
+    _checks.rank("reference_points", points, "B or 1, Q, L or 1, 2 or 4")
+    _checks.dtype("reference_points", points, _checks.FLOATING)
+
+
+def check_added(name: str, tensor: Tensor, query: Tensor) -> None:
+    """Checks what is added to query, or to what is shaped as query.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a floating one on query's device, or of a shape that query can not take.
+    """
+    _checks.is_tensor(name, tensor)
+    _checks.dtype(name, tensor, _checks.FLOATING)
+    _checks.device(name, tensor, query.device, "query")
+    own = (1,) * (query.dim() - tensor.dim()) + tuple(tensor.shape)
+    if len(own) != query.dim() or any(
+        size not in (1, wanted) for size, wanted in zip(own, query.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected {list(query.shape)} (from query), got {list(tensor.shape)}"
+        )
+
+
+def positive(name: str, number: int) -> int:
+    """The number as a Python integer.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below 1.
+    """
+    if not isinstance(number, int | torch.SymInt):
+        try:
+            number = operator.index(number)
+        except TypeError:
+            raise TypeError(f"{name}: expected a positive integer, got {number!r}") from None
+    if number < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {number}")
+    return number
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises what `positive` raises for any of a constructor's sizes."""
+    for name, size in sizes.items():
+        positive(name, size)
+
+
+def check_number(name: str, number: float) -> None:
+    """Raises TypeError unless `number` is one, ValueError unless it is finite."""
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {number!r}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
 
 
 def check_heads(width: int, heads: int, name: str) -> None:

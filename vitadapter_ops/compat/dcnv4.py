@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _checks
+from .._names import renamed
 from ..reference import compute_dtype
 from . import _common, deformable_detr
 
@@ -25,6 +27,12 @@ class FlashDeformAttnFunction:
     """What DCNv4's `torch.autograd.Function` of this name offers: `apply`, differentiable."""
 
     @staticmethod
+    @renamed(
+        spatial_shapes="value_spatial_shapes",
+        level_start_index="value_level_start_index",
+        sampling_locations="sampling_loc_attn",
+        attention_weights="sampling_loc_attn",
+    )
     def apply(
         value: Tensor,
         value_spatial_shapes: _common.SpatialShapes,
@@ -38,24 +46,31 @@ class FlashDeformAttnFunction:
         Args:
             value: [B, S, M, D].
             value_spatial_shapes: [L, 2], (H, W) of each level.
-            value_level_start_index: [L], first pixel of each level.
+            value_level_start_index: [L], first pixel of each level; None: one level after the
+                other.
             sampling_loc_attn: [B, Q, M, L * K * 3]: L * K locations (x, y) as fractions, then the
                 logits of L * K weights; their softmax is taken here.
-            im2col_step: accepted and not needed.
+            im2col_step: any positive integer; not needed.
             K: points of each head on each level.
 
         Returns:
             [B, Q, M * D], dtype of value.
 
         Raises:
-            ValueError: the last dimension is not L * K * 3.
+            TypeError: a tensor is none, or an argument of another kind.
+            ValueError: sizes, dtypes or devices disagree, or im2col_step or K is not positive.
         """
-        levels = len(value_spatial_shapes)
+        _common.check_sizes(im2col_step=im2col_step, K=K)
+        _checks.is_tensor("value", value)
+        _checks.is_tensor("sampling_loc_attn", sampling_loc_attn)
+        _checks.dtype("sampling_loc_attn", sampling_loc_attn, _checks.FLOATING)
+        levels = _common.count_levels(value_spatial_shapes)
         points = levels * K
         if sampling_loc_attn.dim() != 4 or sampling_loc_attn.shape[3] != 3 * points:
             raise ValueError(
-                f"sampling_loc_attn: expected [B, Q, M, {3 * points}] ({levels} levels of K = {K} "
-                f"points, 3 numbers each), got {list(sampling_loc_attn.shape)}"
+                f"sampling_loc_attn: expected [B, Q, M, {3 * points}] ({levels} levels in "
+                f"spatial_shapes, K = {K} points, 3 numbers each), "
+                f"got {list(sampling_loc_attn.shape)}"
             )
         coordinates, logits = torch.split(sampling_loc_attn, [2 * points, points], -1)
         weights = logits.to(compute_dtype(value.dtype)).softmax(-1)

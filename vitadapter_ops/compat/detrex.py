@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._names import renamed
 from . import _common, mmcv
 from .functions import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
@@ -38,8 +39,13 @@ class MultiScaleDeformableAttention(mmcv.MultiScaleDeformableAttention):
         img2col_step: kept as the attribute im2col_step.
         dropout: as there.
         batch_first: as there.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is not positive, or num_heads does not divide embed_dim.
     """
 
+    @renamed(embed_dims="embed_dim")
     def __init__(
         self,
         embed_dim: int = 256,
@@ -50,6 +56,7 @@ class MultiScaleDeformableAttention(mmcv.MultiScaleDeformableAttention):
         dropout: float = 0.1,
         batch_first: bool = False,
     ) -> None:
+        _common.check_sizes(embed_dim=embed_dim, img2col_step=img2col_step)
         super().__init__(
             embed_dim, num_heads, num_levels, num_points, img2col_step, dropout, batch_first
         )
@@ -81,6 +88,7 @@ class GroundingDinoAttention(MultiScaleDeformableAttention):
             embed_dim, num_heads, num_levels, num_points, img2col_step, 0.0, batch_first
         )
 
+    @renamed(padding_mask="key_padding_mask")
     def forward(  # type: ignore[override]
         self,
         query: Tensor,
@@ -96,8 +104,9 @@ class GroundingDinoAttention(MultiScaleDeformableAttention):
         """As mmcv's forward, without identity: the attention alone, shaped as query."""
         return mmcv.attention(
             self,
-            query if query_pos is None else query + query_pos,
+            query,
             query if value is None else value,
+            query_pos,
             key_padding_mask,
             reference_points,
             spatial_shapes,

@@ -7,14 +7,17 @@ backward. `patch_module` puts them in place of a project's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .. import _checks
+from .._names import renamed
 from ..reference import compute_dtype
-from ._common import SpatialShapes, sample, sample_lists
+from ._common import SpatialShapes, points_of_levels, positive, sample, sample_lists
 from ._patch import Patch, Replacement
 
 __all__ = [
@@ -31,10 +34,14 @@ __all__ = [
 ]
 
 
+_named = renamed(spatial_shapes="value_spatial_shapes", level_start_index="value_level_start_index")
+
+
 class MSDeformAttnFunction:
     """What `torch.autograd.Function` subclasses of this name offer: `apply`, differentiable."""
 
     @staticmethod
+    @_named
     def apply(
         value: Tensor,
         value_spatial_shapes: SpatialShapes,
@@ -48,14 +55,20 @@ class MSDeformAttnFunction:
         Args:
             value: [B, S, M, D].
             value_spatial_shapes: [L, 2], (H, W) of each level.
-            value_level_start_index: [L], first pixel of each level.
+            value_level_start_index: [L], first pixel of each level; None: one level after the
+                other.
             sampling_locations: [B, Q, M, L, P, 2], (x, y) as fractions.
             attention_weights: [B, Q, M, L, P].
-            im2col_step: accepted and not needed: any batch is computed in one go.
+            im2col_step: any positive integer; not needed: any batch is computed in one go.
 
         Returns:
             [B, Q, M * D], dtype of value.
+
+        Raises:
+            TypeError: a tensor is none, or an argument of another kind.
+            ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
         """
+        positive("im2col_step", im2col_step)
         return sample(
             value,
             value_spatial_shapes,
@@ -70,6 +83,7 @@ MultiScaleDeformableAttnFunction = MSDeformAttnFunction
 MultiScaleDeformableAttentionFunction = MSDeformAttnFunction
 
 
+@_named
 def ms_deform_attn_core_pytorch(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -90,6 +104,7 @@ def ms_deform_attn_core_pytorch(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
+@_named
 def multi_scale_deformable_attn_pytorch(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -100,6 +115,7 @@ def multi_scale_deformable_attn_pytorch(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
+@_named
 def multi_scale_deformable_attention(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -110,6 +126,7 @@ def multi_scale_deformable_attention(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
+@_named
 def deformable_attention_core_func(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -120,6 +137,7 @@ def deformable_attention_core_func(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
+@_named
 def deformable_attention_core_func_v2(
     value: Tensor | Sequence[Tensor],
     value_spatial_shapes: SpatialShapes,
@@ -137,25 +155,28 @@ def deformable_attention_core_func_v2(
         attention_weights: [B, Q, M, sum(num_points_list)].
         num_points_list: points on each level.
         method: "default" interpolates; "discrete" takes the nearest pixel, and as in the original
-            limits both its coordinates by the height of the level.
+            limits both its coordinates by the height of the level; a location that is not finite
+            contributes zero, as with "default".
 
     Returns:
         [B, Q, M * D], dtype of value.
+
+    Raises:
+        TypeError: a tensor is none, or num_points_list no sequence.
+        ValueError: sizes, dtypes or devices disagree, or method is none of the two.
     """
-    if not isinstance(value, Tensor):
-        value = torch.cat(list(value), -1).permute(0, 3, 1, 2)
-    if method == "discrete":
-        sides = [(height, height) for height, _ in _pairs(value_spatial_shapes)]
-        sampling_locations = _nearest(
-            sampling_locations, value_spatial_shapes, num_points_list, sides
-        )
-    else:
-        _check_method(method)
-    return sample_lists(
-        value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list
+    return _sample_v2(
+        value_of_levels(value),
+        value_spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        num_points_list,
+        method,
+        by_height=True,
     )
 
 
+@_named
 def multi_scale_deformable_attention_v2(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -168,47 +189,83 @@ def multi_scale_deformable_attention_v2(
 
     "discrete" limits x by the width of the level and y by its height.
     """
-    if method == "discrete":
-        sampling_locations = _nearest(
-            sampling_locations, value_spatial_shapes, num_points_list, _pairs(value_spatial_shapes)
-        )
-    else:
-        _check_method(method)
-    return sample_lists(
-        value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list
+    return _sample_v2(
+        value,
+        value_spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        num_points_list,
+        method,
+        by_height=False,
     )
 
 
-def _check_method(method: str) -> None:
-    if method != "default":
+def value_of_levels(value: Tensor | Sequence[Tensor]) -> Tensor:
+    """[B, S, M, D] from one tensor [B, M, D, H * W] for each level; a tensor stays what it is.
+
+    Raises:
+        TypeError: neither a tensor nor a sequence of tensors.
+        ValueError: ranks, sizes, dtypes or devices of the levels differ.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, Sequence) or not value:
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"value: expected a torch.Tensor, or one for each level, got {got}")
+    for level, pixels in enumerate(value):
+        name = f"value[{level}]"
+        _checks.is_tensor(name, pixels)
+        _checks.rank(name, pixels, "B, M, D, H * W")
+        _checks.dtype(name, pixels, (value[0].dtype,), " (that of the first level)")
+        _checks.device(name, pixels, value[0].device, "the first level")
+        _checks.shape(
+            name, pixels, (*value[0].shape[:3], pixels.shape[3]), "the first level but for H * W"
+        )
+    return torch.cat(list(value), -1).permute(0, 3, 1, 2)
+
+
+def _sample_v2(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    method: str,
+    by_height: bool,
+) -> Tensor:
+    """Both functions of RT-DETRv2; "discrete" limits x by the height where `by_height`."""
+    if method == "discrete":
+        _checks.is_tensor("sampling_locations", sampling_locations)
+        _checks.dtype("sampling_locations", sampling_locations, _checks.FLOATING)
+        sizes = _checks.pairs(spatial_shapes)
+        counts = points_of_levels(num_points, len(sizes))
+        # Others are refused below.
+        if sampling_locations.shape[3:] == (sum(counts), 2):
+            sampling_locations = _nearest(sampling_locations, sizes, counts, by_height)
+    elif method != "default":
         raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
-
-
-def _pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
-    rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return [(height, width) for height, width in rows]
+    return sample_lists(value, spatial_shapes, sampling_locations, attention_weights, num_points)
 
 
 def _nearest(
-    locations: Tensor,
-    spatial_shapes: SpatialShapes,
-    num_points: Sequence[int],
-    limits: Sequence[tuple[int, int]],
+    locations: Tensor, sizes: list[tuple[int, int]], num_points: list[int], by_height: bool
 ) -> Tensor:
-    """The centre of the pixel that each location is rounded to, within `limits` (H, W) of a level.
+    """The centre of the pixel that each location is rounded to, within its level.
 
     A bilinear sample at a pixel's centre is that pixel. Without a gradient, as rounding has none.
+    What is not finite has no nearest pixel and becomes NaN, which contributes zero.
     """
     centres = []
     compute = compute_dtype(locations.dtype)
-    levels = torch.split(locations.detach().to(compute), list(num_points), 3)
-    for level, (height, width), (rows, columns) in zip(
-        levels, _pairs(spatial_shapes), limits, strict=True
-    ):
-        x = (level[..., 0] * width + 0.5).to(torch.int64).clamp(0, columns - 1)
-        y = (level[..., 1] * height + 0.5).to(torch.int64).clamp(0, rows - 1)
-        pixel = torch.stack((x, y), -1).to(compute) + 0.5
-        centres.append(pixel / pixel.new_tensor([width, height]))
+    levels = torch.split(locations.detach().to(compute), num_points, 3)
+    for level, (height, width) in zip(levels, sizes, strict=True):
+        level = level.masked_fill(~level.isfinite(), math.nan)
+        last = (height if by_height else width) - 1
+        # Limited before the fraction is cut off: numbers beyond the integers have no rounding.
+        column = (level[..., 0] * width + 0.5).clamp(0, last).trunc()
+        row = (level[..., 1] * height + 0.5).clamp(0, height - 1).trunc()
+        x, y = (column + 0.5) / width, (row + 0.5) / height
+        centres.append(torch.stack((x, y), -1))
     return torch.cat(centres, 3)
 
 
@@ -226,8 +283,11 @@ def patch_module(module: ModuleType) -> Patch:
         A handle: `restore()` puts the originals back, and so does the end of a `with`.
 
     Raises:
+        TypeError: not a module.
         ValueError: the module has none of these names.
     """
+    if not isinstance(module, ModuleType):
+        raise TypeError(f"module: expected an imported module, got {type(module).__name__}")
     ours = globals()
     names = [name for name in __all__ if name != "patch_module" and name in vars(module)]
     if not names:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .._names import renamed
 from . import _common
 
 __all__ = ["MultiScaleDeformableAttention", "kernel_mapping"]
@@ -26,6 +27,7 @@ class MultiScaleDeformableAttention(nn.Module):
     can_torch_compile = True
     has_backward = True
 
+    @renamed(spatial_shapes="value_spatial_shapes_list")
     def forward(
         self,
         value: Tensor,
@@ -45,11 +47,16 @@ class MultiScaleDeformableAttention(nn.Module):
             level_start_index: [L]; not read.
             sampling_locations: [B, Q, M, L, P, 2], (x, y) as fractions.
             attention_weights: [B, Q, M, L, P].
-            im2col_step: accepted and not needed.
+            im2col_step: any positive integer; not needed.
 
         Returns:
             [B, Q, M * D], dtype of value.
+
+        Raises:
+            TypeError: a tensor is none, or an argument of another kind.
+            ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
         """
+        _common.positive("im2col_step", im2col_step)
         return _common.sample(
             value, value_spatial_shapes_list, sampling_locations, attention_weights
         )

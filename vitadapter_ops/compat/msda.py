@@ -9,7 +9,7 @@ or, before code that imports the extension by its own name,
     msda.install()                      # import MultiScaleDeformableAttention
     msda.install("groundingdino._C")    # from groundingdino import _C
 
-Works on every device and for every dtype of our operator; any `im2col_step` is accepted.
+Works on every device and for every dtype of our operator; any positive `im2col_step` is accepted.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch, _ops
-from ._common import SpatialShapes, sample, widened
+from .._names import renamed
+from ._common import SpatialShapes, positive, sample, sample_backward
 from ._patch import Patch, Replacement
 
 __all__ = ["install", "ms_deform_attn_backward", "ms_deform_attn_forward"]
 
 
+_named = renamed(sampling_locations="sampling_loc", attention_weights="attn_weight")
+
+
 @torch.no_grad()
+@_named
 def ms_deform_attn_forward(
     value: Tensor,
     spatial_shapes: SpatialShapes,
-    level_start_index: Sequence[int] | Tensor,
+    level_start_index: Sequence[int] | Tensor | None,
     sampling_loc: Tensor,
     attn_weight: Tensor,
     im2col_step: int = 64,
@@ -43,22 +47,28 @@ def ms_deform_attn_forward(
     Args:
         value: [B, S, M, D].
         spatial_shapes: [L, 2], (H, W) of each level.
-        level_start_index: [L], first pixel of each level.
+        level_start_index: [L], first pixel of each level; None: one level after the other.
         sampling_loc: [B, Q, M, L, P, 2], (x, y) as fractions.
         attn_weight: [B, Q, M, L, P].
-        im2col_step: accepted and not needed.
+        im2col_step: any positive integer; not needed.
 
     Returns:
         [B, Q, M * D], dtype of value.
+
+    Raises:
+        TypeError: a tensor is none, or an argument of another kind.
+        ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
+    positive("im2col_step", im2col_step)
     return sample(value, spatial_shapes, sampling_loc, attn_weight, level_start_index)
 
 
 @torch.no_grad()
+@_named
 def ms_deform_attn_backward(
     value: Tensor,
     spatial_shapes: SpatialShapes,
-    level_start_index: Sequence[int] | Tensor,
+    level_start_index: Sequence[int] | Tensor | None,
     sampling_loc: Tensor,
     attn_weight: Tensor,
     grad_output: Tensor,
@@ -72,37 +82,19 @@ def ms_deform_attn_backward(
         level_start_index: see there.
         sampling_loc: see there.
         attn_weight: see there.
-        grad_output: [B, Q, M * D].
-        im2col_step: accepted and not needed.
+        grad_output: [B, Q, M * D], dtype and device of value.
+        im2col_step: any positive integer; not needed.
+
+    Raises:
+        TypeError: a tensor is none, or an argument of another kind.
+        ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
-    sizes, starts = _checks.levels(spatial_shapes, level_start_index, value.shape[1])
-    points = widened(value, sampling_loc)
-    weights = widened(value, attn_weight)
-    _checks.ms_deform_attn(value, len(sizes), points, weights)
-    _checks.shape(
-        "grad_output",
-        grad_output,
-        (value.shape[0], points.shape[1], value.shape[2] * value.shape[3]),
-        "value and sampling_loc",
+    positive("im2col_step", im2col_step)
+    return list(
+        sample_backward(
+            value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output
+        )
     )
-    widest = torch.promote_types(points.dtype, weights.dtype)
-    op = _dispatch.choose("auto", "ms_deform_attn", value.device.type, value.dtype, len(sizes))
-    backward = f"{op}_backward"
-    if torch.are_deterministic_algorithms_enabled():
-        backward = _ops.deterministic_backward("ms_deform_attn", op, value)
-    grads = getattr(torch.ops.vitadapter_ops, backward)(
-        grad_output.to(value.dtype),
-        value,
-        [side for size in sizes for side in size],
-        starts,
-        points.to(widest),
-        weights.to(widest),
-        True,
-        True,
-        True,
-    )
-    inputs = (value, sampling_loc, attn_weight)
-    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True)]
 
 
 def install(name: str = "MultiScaleDeformableAttention") -> Patch:
@@ -118,7 +110,12 @@ def install(name: str = "MultiScaleDeformableAttention") -> Patch:
 
     Returns:
         A handle: `restore()`, or the end of a `with`, puts back what was there, or nothing.
+
+    Raises:
+        TypeError: name is not a string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the name of a module, got {type(name).__name__}")
     shim = ModuleType(name, f"ms_deform_attn_forward and ms_deform_attn_backward of {__name__}.")
     shim.__spec__ = ModuleSpec(name, loader=None, origin=__name__)
 

@@ -7,6 +7,7 @@ patch_rfdetr()      # for models that exist as well as for new ones
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
+from .._names import renamed
 from ..linear import project
 from . import _common
 from ._patch import Patch, Replacement
@@ -21,6 +24,7 @@ from ._patch import Patch, Replacement
 __all__ = ["ms_deform_attn_core_pytorch", "patch_rfdetr"]
 
 
+@renamed(spatial_shapes="value_spatial_shapes")
 def ms_deform_attn_core_pytorch(
     value: Tensor,
     value_spatial_shapes: _common.SpatialShapes,
@@ -39,17 +43,40 @@ def ms_deform_attn_core_pytorch(
 
     Returns:
         [B, Q, M * D], dtype of value.
+
+    Raises:
+        TypeError: a tensor is none.
+        ValueError: sizes, dtypes or devices disagree.
     """
     shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
-    levels = len(shapes)
-    if sampling_locations.dim() == 5:
-        sampling_locations = torch.unflatten(sampling_locations, 3, (levels, -1))
-    if attention_weights.dim() == 4:
-        attention_weights = torch.unflatten(attention_weights, 3, (levels, -1))
+    levels = _common.count_levels(shapes)
+    _checks.is_tensor("value", value)
+    _checks.rank("value", value, "B, M, D, S")
+    sampling_locations = _by_level("sampling_locations", sampling_locations, 5, levels)
+    attention_weights = _by_level("attention_weights", attention_weights, 4, levels)
     return _common.sample(value.permute(0, 3, 1, 2), shapes, sampling_locations, attention_weights)
 
 
+def _by_level(name: str, tensor: Tensor, rank: int, levels: int) -> Tensor:
+    """The tensor with L * P of its `rank` dimensions as L, P; one that has both stays as it is."""
+    _checks.is_tensor(name, tensor)
+    if tensor.dim() != rank:
+        return tensor
+    if tensor.shape[3] % max(levels, 1):
+        raise ValueError(
+            f"{name}: expected a multiple of {levels} points (levels in spatial_shapes), "
+            f"got shape {list(tensor.shape)}"
+        )
+    return torch.unflatten(tensor, 3, (levels, -1))
+
+
 def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    @renamed(
+        value="input_flatten",
+        spatial_shapes="input_spatial_shapes",
+        padding_mask="input_padding_mask",
+    )
     def forward(
         self: nn.Module,
         query: Tensor,
@@ -74,6 +101,7 @@ def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 input_padding_mask,
                 input_spatial_shapes_hw,
             )
+        _common.check_tokens(self, query, input_flatten)
         output, _ = _common.attend(
             self,
             query,

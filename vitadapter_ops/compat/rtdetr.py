@@ -11,6 +11,7 @@ for a function of five; here it works.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._names import renamed
 from ..linear import project
 from . import _common
 from .functions import (
     deformable_attention_core_func,
     deformable_attention_core_func_v2,
+    value_of_levels,
 )
 
 __all__ = [
@@ -49,13 +52,18 @@ class _MultiPoint(nn.Module):
         offset_scale: float,
     ) -> None:
         super().__init__()
+        _common.check_sizes(embed_dim=embed_dim, num_heads=num_heads, num_levels=num_levels)
         _common.check_heads(embed_dim, num_heads, "embed_dim")
-        points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
+        try:
+            points = [operator.index(num_points)] * num_levels  # type: ignore[arg-type]
+        except TypeError:
+            points = _checks.integers("num_points", num_points, "an integer or one for each level")
         if len(points) != num_levels or min(points) < 1:
             raise ValueError(
                 f"num_points: expected a positive number, or {num_levels} (num_levels), "
-                f"got {num_points}"
+                f"got {points}"
             )
+        _common.check_number("offset_scale", offset_scale)
         if method not in ("default", "discrete"):
             raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
         self.embed_dim = embed_dim
@@ -115,7 +123,9 @@ class MSDeformableAttention(_MultiPoint):
         offset_scale: how much of a reference box the points reach over.
 
     Raises:
-        ValueError: num_heads does not divide embed_dim, or num_points or method is not as above.
+        TypeError: a size is no integer, or offset_scale no number.
+        ValueError: a size is not positive, num_heads does not divide embed_dim, or num_points or
+            method is not as above.
     """
 
     def __init__(
@@ -132,6 +142,7 @@ class MSDeformableAttention(_MultiPoint):
         self.output_proj = nn.Linear(embed_dim, embed_dim)
         self._reset_parameters()
 
+    @renamed(spatial_shapes="value_spatial_shapes")
     def forward(
         self,
         query: Tensor,
@@ -148,15 +159,25 @@ class MSDeformableAttention(_MultiPoint):
             value: [B, S, C].
             value_spatial_shapes: (H, W) of each level.
             value_mask: [B, S], True where the value counts, False where it is padding: the
-                opposite of Deformable DETR's.
+                opposite of Deformable DETR's. Numbers instead multiply the value, as in the
+                original.
 
         Returns:
             [B, Q, C].
+
+        Raises:
+            TypeError: a tensor is none.
+            ValueError: sizes, dtypes or devices disagree.
         """
+        _common.check_tokens(self, query, value)
         projected = project(self.value_proj, value)
         padding = None
         if value_mask is not None:
+            _checks.is_tensor("value_mask", value_mask)
             _checks.shape("value_mask", value_mask, value.shape[:2], "value")
+            _checks.device("value_mask", value_mask, value.device, "value")
+            if value_mask.is_complex():
+                raise ValueError(f"value_mask: expected bool or numbers, got {value_mask.dtype}")
             if value_mask.dtype == torch.bool:
                 padding = ~value_mask
             else:  # the original multiplies, whatever the mask holds
@@ -182,6 +203,7 @@ class MSDeformableAttentionV1(MSDeformableAttention):
         num_levels: int = 4,
         num_points: int = 4,
     ) -> None:
+        _common.check_sizes(num_points=num_points)
         super().__init__(embed_dim, num_heads, num_levels, num_points)
         self.num_points = num_points
         del self.num_points_scale
@@ -211,6 +233,7 @@ class DFineMSDeformableAttention(_MultiPoint):
         super().__init__(embed_dim, num_heads, num_levels, num_points, method, offset_scale)
         self._reset_parameters()
 
+    @renamed(spatial_shapes="value_spatial_shapes")
     def forward(
         self,
         query: Tensor,
@@ -228,8 +251,20 @@ class DFineMSDeformableAttention(_MultiPoint):
 
         Returns:
             [B, Q, C].
+
+        Raises:
+            TypeError: a tensor is none.
+            ValueError: sizes, dtypes or devices disagree.
         """
-        if not isinstance(value, Tensor):
-            value = torch.cat(list(value), -1).permute(0, 3, 1, 2)
+        value = value_of_levels(value)
+        _checks.is_tensor("value", value)
+        _checks.rank("value", value, "B, S, M, D")
+        _checks.shape(
+            "value",
+            value,
+            (*value.shape[:2], self.num_heads, self.head_dim),
+            "num_heads, embed_dim",
+        )
         value = value.flatten(2)
+        _common.check_tokens(self, query, value)
         return self._attend(query, reference_points, value, value_spatial_shapes)

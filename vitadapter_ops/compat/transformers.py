@@ -9,7 +9,7 @@
 
 Locations and softmax are computed in fp32 also under autocast and in 16-bit models, where the
 original modules round a location to the nearest of 256 (bf16). The modules still return their
-attention weights.
+attention weights, and in training compute their output from them, so that gradients reach them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
+from .._names import renamed
 from ..linear import project
 from . import _common, functions
 from ._patch import Patch, Replacement
@@ -60,30 +62,33 @@ def _forward(original: Forward, mask_is_padding: bool) -> Forward:
     takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters)
 
     @functools.wraps(original)
+    @renamed(query="hidden_states", value="encoder_hidden_states", padding_mask="attention_mask")
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(names) or not (takes_others or kwargs.keys() <= set(names)):
+        others = set() if takes_others else kwargs.keys() - names
+        twice = kwargs.keys() & names[: len(args)]
+        if len(args) > len(names) or others or twice:
             return original(self, *args, **kwargs)  # it says what is wrong
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden_states, reference_points, value = (
-            given.get(name)
-            for name in ("hidden_states", "reference_points", "encoder_hidden_states")
-        )
-        shapes = given.get("spatial_shapes_list")  # needs no device read; not all releases pass it
+        given: dict[str, Any] = dict.fromkeys(KNOWN)
+        given.update(zip(names, args, strict=False))
+        given.update(kwargs)
+        query, value = given["hidden_states"], given["encoder_hidden_states"]
+        points, position = given["reference_points"], given["position_embeddings"]
+        padding = given["attention_mask"]
+        shapes = given["spatial_shapes_list"]  # needs no device read; not all releases pass it
         if shapes is None:
-            shapes = given.get("spatial_shapes")
-        if hidden_states is None or reference_points is None or value is None or shapes is None:
-            raise ValueError(
-                "hidden_states, encoder_hidden_states, reference_points and spatial_shapes: "
-                "expected all of them"
-            )
-        if given.get("position_embeddings") is not None:
-            hidden_states = hidden_states + given["position_embeddings"]
-        padding = given.get("attention_mask")
-        if padding is not None and not mask_is_padding:
-            padding = ~padding.to(torch.bool)
-        if padding is not None and padding.dim() == 3:
-            padding = padding.squeeze(2)  # [B, S, 1], all that D-FINE's and DEIMv2's own take
-        return _attention(self, hidden_states, value, padding, reference_points, shapes)
+            shapes = given["spatial_shapes"]
+        _common.check_tokens(self, query, value)
+        if position is not None:
+            _common.check_added("position_embeddings", position, query)
+            query = query + position
+        if padding is not None:
+            _checks.is_tensor("attention_mask", padding)
+            if padding.dim() == 3:
+                padding = padding.squeeze(2)  # [B, S, 1], all that D-FINE's and DEIMv2's own take
+            _checks.dtype("attention_mask", padding, (torch.bool,))
+            if not mask_is_padding:
+                padding = ~padding
+        return _attention(self, query, value, padding, points, shapes)
 
     return forward
 
@@ -102,7 +107,7 @@ def _attention(
     points = getattr(self, "num_points_list", getattr(self, "n_points_list", None))
     each = [self.n_points] * self.n_levels if points is None else points
     attend: Callable[..., tuple[Tensor, Tensor | None]] = functools.partial(
-        _common.attend, return_weights=True
+        _common.attend, return_weights=True, by_level=points is None
     )
     if "discrete" in (getattr(self, "method", None), getattr(self, "decoder_method", None)):
         attend = functools.partial(
@@ -121,8 +126,6 @@ def _attention(
     )
     if hasattr(self, "output_proj"):
         output = project(self.output_proj, output)
-    if points is None and weights is not None:
-        weights = torch.unflatten(weights, -1, (len(each), -1))
     return output, weights
 
 
@@ -166,8 +169,14 @@ def patch_transformers(*models: str) -> Patch:
 
     Raises:
         ImportError: transformers is not installed, or lacks a model that was named.
+        TypeError: a name is not a string.
         ValueError: a name is not in `MODELS`.
     """
+    for model in models:
+        if not isinstance(model, str):
+            raise TypeError(
+                f"models: expected names from {', '.join(MODELS)}; got {type(model).__name__}"
+            )
     unknown = sorted(set(models) - set(MODELS))
     if unknown:
         raise ValueError(f"models: expected names from {', '.join(MODELS)}; got {unknown[0]!r}")
