@@ -271,7 +271,7 @@ def levels(
         if not _holds(total == pixels, traced):
             raise ValueError(
                 f"{shapes_name}: expected levels with {pixels} pixels in all "
-                f"(value.shape[1]), got {total} from {sizes}"
+                f"(S of value), got {total} from {sizes}"
             )
         return sizes, starts
 
@@ -285,8 +285,8 @@ def levels(
         inside = _holds(start >= 0, traced) and _holds(start + height * width <= pixels, traced)
         if not inside:
             raise ValueError(
-                f"{starts_name}[{level}]: expected {height} x {width} pixels from it to lie "
-                f"inside value.shape[1] = {pixels}, got {start}"
+                f"{starts_name}[{level}]: expected {height} x {width} pixels (from {shapes_name}) "
+                f"from it to lie inside the {pixels} of value, got {start}"
             )
     return sizes, starts
 

@@ -19,7 +19,7 @@ class _Plan(NamedTuple):
     call: Callable[..., Any]  # the operator
     levels: tuple[list[int], ...]  # its arguments that describe the levels
     dtype: torch.dtype  # of the points
-    grown: bool = False  # value, and the mask over it, get a pixel more
+    grows: bool = False  # value, and the mask over it, get a pixel more
 
 
 # By kind of call. Checks and the choice of a backend take three times as long as a look-up.
@@ -33,7 +33,7 @@ def _remember(kind: Hashable, plan: _Plan) -> None:
     _plans[kind] = plan
 
 
-def _level_table(
+def level_table(
     sizes: list[tuple[int, int]], starts: list[int], pixels: int
 ) -> tuple[list[int], list[int], bool]:
     """The operators' spatial_shapes and level_start_index, and whether value has to grow.
@@ -48,7 +48,7 @@ def _level_table(
     return [side for size in sizes for side in size], starts, any(empty)
 
 
-def _grown(value: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def grow(value: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Both with a pixel of zeros more."""
     value = torch.nn.functional.pad(value, (0, 0, 0, 0, 0, 1))
     if padding_mask is not None:
@@ -136,8 +136,8 @@ def ms_deform_attn(
         )
         if kind is not None:
             _remember(kind, plan)
-    if plan.grown:
-        value, _ = _grown(value)
+    if plan.grows:
+        value, _ = grow(value)
     return plan.call(
         value,
         *plan.levels,
@@ -168,8 +168,8 @@ def _plan(
         widest = torch.float64
     op = _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes))
     _only_reference(plain, backend, value, sampling_locations, attention_weights)
-    flat, starts, grown = _level_table(sizes, starts, value.shape[1])
-    return _Plan(_ops.caller(op, plain), (flat, starts), widest, grown)
+    flat, starts, grows = level_table(sizes, starts, value.shape[1])
+    return _Plan(_ops.caller(op, plain), (flat, starts), widest, grows)
 
 
 def ms_deform_attn_from_offsets(
@@ -267,8 +267,8 @@ def ms_deform_attn_from_offsets(
     if offset_scale is not None:
         total = sampling_offsets.shape[3]
         offset_scale = _checks.offset_scale(offset_scale, reference_points, total, compute)
-    if plan.grown:
-        value, padding_mask = _grown(value, padding_mask)
+    if plan.grows:
+        value, padding_mask = grow(value, padding_mask)
     out, weights = plan.call(
         value,
         *plan.levels,
@@ -323,5 +323,5 @@ def _plan_from_offsets(
         backend, "ms_deform_attn_from_offsets", value.device.type, value.dtype, len(sizes)
     )
     _only_reference(plain, backend, value, reference_points, sampling_offsets, attention_logits)
-    flat, starts, grown = _level_table(sizes, starts, pixels)
-    return _Plan(_ops.caller(op, plain), (flat, starts, counts), dtype, grown)
+    flat, starts, grows = level_table(sizes, starts, pixels)
+    return _Plan(_ops.caller(op, plain), (flat, starts, counts), dtype, grows)

@@ -69,7 +69,7 @@ BAD = {
     ),
     "levels that do not sum to S": (
         {"spatial_shapes": [(4, 6), (2, 2)]},
-        r"spatial_shapes: expected levels with 30 pixels in all \(value.shape\[1\]\), got 28",
+        r"spatial_shapes: expected levels with 30 pixels in all \(S of value\), got 28",
     ),
     "no levels": ({"spatial_shapes": []}, r"spatial_shapes: expected at least one level"),
     "a level of negative height": (
@@ -94,7 +94,8 @@ BAD = {
     ),
     "a level that starts too late": (
         {"level_start_index": [0, 25]},
-        r"level_start_index\[1\]: expected 2 x 3 pixels .* value.shape\[1\] = 30, got 25",
+        r"level_start_index\[1\]: expected 2 x 3 pixels \(from spatial_shapes\) .* "
+        r"the 30 of value, got 25",
     ),
     "a level that starts before the value": (
         {"level_start_index": [-1, 24]},

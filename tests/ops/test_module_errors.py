@@ -84,8 +84,8 @@ def test_wrong_tensors_are_named(name, change, grad):
         ),
         (
             {"input_level_start_index": [0, 17]},
-            "input_level_start_index[1]: expected 2 x 2 pixels from it to lie inside "
-            "input_flatten.shape[1] = 20, got 17",
+            "input_level_start_index[1]: expected 2 x 2 pixels (from input_spatial_shapes) from it "
+            "to lie inside the 20 of input_flatten, got 17",
         ),
         (
             {"input_padding_mask": torch.zeros(2, 19, dtype=torch.bool)},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, _dispatch, _ops
-from ..functional import _grown, _level_table, ms_deform_attn, ms_deform_attn_from_offsets
+from ..functional import grow, level_table, ms_deform_attn, ms_deform_attn_from_offsets
 from ..modules import initial_offsets, offsets_and_logits
 from ..reference import compute_dtype
 
@@ -181,10 +181,10 @@ def sample_backward(
     if torch.are_deterministic_algorithms_enabled():
         backward = _ops.deterministic_backward("ms_deform_attn", op, value)
     pixels = value.shape[1]
-    flat, starts, grown = _level_table(sizes, starts, pixels)
+    flat, starts, grows = level_table(sizes, starts, pixels)
     grads = getattr(torch.ops.vitadapter_ops, backward)(
         grad_output,
-        _grown(value)[0] if grown else value,
+        grow(value)[0] if grows else value,
         flat,
         starts,
         points.to(widest),
@@ -195,7 +195,7 @@ def sample_backward(
     )
     grad_value, grad_locations, grad_weights = grads
     return (
-        grad_value[:, :pixels] if grown else grad_value,
+        grad_value[:, :pixels] if grows else grad_value,
         grad_locations.to(sampling_locations.dtype),
         grad_weights.to(attention_weights.dtype),
     )
