@@ -107,7 +107,10 @@ class Buffer {
     const size_t bytes = static_cast<size_t>(size) * sizeof(T);
     const size_t unit = bytes >= cpu::kHugePage ? cpu::kHugePage : 64;
     data_ = static_cast<T*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) {
+      size_ = 0;
+      throw cpu::NoMemory{static_cast<int64_t>(bytes)};
+    }
     if (unit == cpu::kHugePage) cpu::advise_huge_pages(data_, bytes + unit - 1);
     size_ = size;
   }

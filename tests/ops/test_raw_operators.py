@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw operators with a tensor of another device, layout, dtype or size: an error that names it.
+
+Before any pointer is taken: what lies elsewhere would be read as if it were here.
+"""
+
+import re
+
+import pytest
+import torch
+
+import cases
+import vitadapter_ops
+
+OPS = torch.ops.vitadapter_ops
+LOCATED = [
+    "value",
+    "spatial_shapes",
+    "level_start_index",
+    "sampling_locations",
+    "attention_weights",
+]
+FUSED = [
+    *LOCATED[:3],
+    "points_per_level",
+    "reference_points",
+    "sampling_offsets",
+    "attention_logits",
+    "padding_mask",
+    "offset_scale",
+]
+
+
+def located():
+    inputs = cases.SMALL[3].inputs().to(torch.float32)
+    value, locations, weights = inputs.tensors
+    given = (value, inputs.flat_shapes, inputs.starts, locations, weights)
+    return dict(zip(LOCATED, given, strict=True))
+
+
+def fused():
+    case = cases.OffsetCase(
+        "raw", ((4, 6), (2, 3)), (4, 4), boxes=True, masked=True, scaled=True, channels=8
+    )
+    inputs = case.inputs().to(torch.float32)
+    return dict(zip(FUSED, inputs.arguments, strict=True))
+
+
+def arguments(op):
+    """The arguments of an operator by their names, all good."""
+    fused_op = "from_offsets" in op
+    given = fused() if fused_op else located()
+    if not op.endswith("backward"):
+        return given | ({"return_weights": True} if fused_op else {})
+    value, like = given["value"], given["attention_logits" if fused_op else "attention_weights"]
+    grads = {"grad_output": torch.randn(2, like.shape[1], value.shape[2] * value.shape[3])}
+    if fused_op:
+        grads["grad_weights"] = torch.randn(like.shape)
+    return grads | given | {f"need_{i}": True for i in range(4 if fused_op else 3)}
+
+
+FAULTS = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "integers": lambda t: t.int(),
+    "complex": lambda t: t.to(torch.complex64),
+    "rank": lambda t: t[None],
+    "size": lambda t: t.repeat_interleave(2, -1),
+}
+NAMES = [
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_from_offsets",
+    "ms_deform_attn_from_offsets_backward",
+]
+TENSORS = [
+    (op, name)
+    for op in NAMES
+    for name, argument in arguments(op).items()
+    if torch.is_tensor(argument)
+]
+
+
+def assert_named(call, given, name, fault):
+    # Twice the channels of value are right for a forward; twice the heads never are.
+    turn = fault == "size" and name == "value"
+    bad = given[name].repeat(1, 1, 2, 1) if turn else FAULTS[fault](given[name])
+    # A change of value is noticed at what has to fit it.
+    named = r"\w+" if name == "value" else name
+    with pytest.raises(ValueError, match=rf"(?s)^{named}: expected .*, got .*$") as caught:
+        call(*(given | {name: bad}).values())
+    came = {"meta": r"meta|cpu", "integers": "int32", "sparse": "layout", "complex": "[cC]omplex"}
+    got = str(caught.value).rpartition(", got ")[2]
+    assert re.search(came.get(fault, r"\[[0-9, ]+\]"), got)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("op", "name"), TENSORS, ids=str)
+def test_cpu_kernels_name_the_argument(op, name, fault):
+    if "cpu" not in vitadapter_ops.available_backends():
+        pytest.skip("needs the CPU library")
+    call = getattr(OPS, op).default
+    if fault in ("meta", "sparse"):
+        # Torch would send it elsewhere. No one else may, either.
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        cpu_kernel = call.redispatch
+
+        def call(*given):
+            return cpu_kernel(keys, *given)
+
+    with torch.no_grad():
+        assert_named(call, arguments(op), name, fault)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("op", "name"), TENSORS, ids=str)
+def test_triton_launchers_name_the_argument(op, name, fault):
+    pytest.importorskip("triton")
+    from vitadapter_ops.triton import launch
+
+    direction = "backward" if op.endswith("backward") else "forward"
+    suffix = "_from_offsets" if "from_offsets" in op else ""
+    assert_named(getattr(launch, direction + suffix), arguments(op), name, fault)
+
+
+def test_a_level_table_that_does_not_fit_is_named():
+    given = list(located().values())
+    for index, bad, message in (
+        (1, [8, 12, 4, 6, 2], r"^spatial_shapes: expected 6 sides .*, got 5$"),
+        (
+            1,
+            [8, 12, 4, 6, 2, 30],
+            r"^spatial_shapes, level_start_index: expected level 2 .* got 2 x",
+        ),
+        (2, [], r"^level_start_index: expected 1 to 64 levels, got 0$"),
+    ):
+        changed = [bad if i == index else argument for i, argument in enumerate(given)]
+        with pytest.raises(ValueError, match=message):
+            OPS.ms_deform_attn(*changed)
+    given = list(fused().values())
+    given[3] = [4]
+    with pytest.raises(ValueError, match=r"^points_per_level: expected 2 numbers .*, got 1$"):
+        OPS.ms_deform_attn_from_offsets(*given, False)
