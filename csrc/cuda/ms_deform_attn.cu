@@ -65,7 +65,7 @@ struct Cuda {
     BackwardArguments<value_t, Points> p(params);
     const Problem& n = p.problem;
     const bool fixed = deterministic && p.grad_value != nullptr;
-    Tensor sums, most;
+    Tensor sums, state;
     if (fixed) {
       if (sizeof(value_t) == 8) {
         fail(
@@ -75,10 +75,10 @@ struct Cuda {
       const int64_t elements = n.batch * n.pixels * n.heads * n.channels;
       sums = allocate(aoti_torch_aten_new_zeros, value, {elements}, aoti_torch_dtype_int64(),
                       "the integer sums of the deterministic backward");
-      most = allocate(aoti_torch_aten_new_zeros, value, {3}, aoti_torch_dtype_int32(),
-                      "the state of the deterministic backward");
+      state = allocate(aoti_torch_aten_new_zeros, value, {FixedPoint::state_size(elements)},
+                       aoti_torch_dtype_int32(), "the state of the deterministic backward");
       p.fixed.sums = static_cast<unsigned long long*>(sums.mutable_data_ptr());
-      p.fixed.most = static_cast<uint32_t*>(most.mutable_data_ptr());
+      p.fixed.state = static_cast<uint32_t*>(state.mutable_data_ptr());
       p.fixed.fraction = FixedPoint::fraction_for(n.queries * n.points);
       const auto measured = measure(p);
       launch(ms_deform_attn_measure_kernel<value_t, typename Points::point_t>,
