@@ -11,6 +11,7 @@ import torch
 
 import cases
 import vitadapter_ops
+from vitadapter_ops import _arguments
 
 OPS = torch.ops.vitadapter_ops
 LOCATED = [
@@ -141,3 +142,20 @@ def test_a_level_table_that_does_not_fit_is_named():
     given[3] = [4]
     with pytest.raises(ValueError, match=r"^points_per_level: expected 2 numbers .*, got 1$"):
         OPS.ms_deform_attn_from_offsets(*given, False)
+
+
+def test_a_kernel_in_python_sees_only_dense_tensors_of_one_device():
+    schema = "(Tensor grad_output, Tensor value, int[] sizes, Tensor? padding_mask) -> (Tensor)"
+    kernel = _arguments.checked(schema, lambda *given: given)
+    here, away = torch.ones(2, 2), torch.ones(2, 2, device="meta")
+    assert kernel(here, here, [1], None) == (here, here, [1], None)
+    assert kernel(away, away, [1], away)[0] is away
+    for name, given in (
+        ("grad_output", (away, here, [1], None)),
+        ("padding_mask", (here, here, [1], away)),
+        ("grad_output", (here, away, [1], away)),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected device .*, got "):
+            kernel(*given)
+    with pytest.raises(ValueError, match=r"^value: expected a dense tensor, got .*sparse"):
+        kernel(here, here.to_sparse(), [1], None)
