@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, impl, register_autograd, register_fake
 
-from . import reference
+from . import _arguments, _memory, reference
 
 # spatial_shapes is H0, W0, H1, W1, ...; SymInt keeps one compiled graph for all image sizes.
 _VALUE = "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start_index, "
@@ -82,7 +82,12 @@ class Contract(NamedTuple):
                 # Not asked of a saved tensor: activation checkpointing lets them be asked for once.
                 given = next(grad for grad in grads if grad is not None)
                 chosen = getattr(ops, deterministic_backward(self.name, op, given)).default
-            return self.backward(ctx, chosen, grads)
+            try:
+                return self.backward(ctx, chosen, grads)
+            except RuntimeError as error:
+                if explained := _memory.explained(error):
+                    raise explained from error
+                raise
 
         return gradients
 
@@ -117,8 +122,13 @@ def _below_autograd(op: Any, *arguments: Any) -> Any:
     Its autograd kernel is Python (register_autograd) and takes as long as all the rest of a call,
     only to find out the same.
     """
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError as error:
+        if explained := _memory.explained(error):
+            raise explained from error
+        raise
 
 
 _eager: dict[str, Callable[..., Any]] = {}
@@ -138,8 +148,7 @@ def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
     op = getattr(torch.ops.vitadapter_ops, name).default
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            result = op(*arguments)
+        result = _below_autograd(op, *arguments)
         contract.setup_context(ctx, arguments, result)
         return result
 
@@ -154,8 +163,7 @@ def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
             for each in arguments:
                 if isinstance(each, Tensor) and each.requires_grad:
                     return differentiable.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        return _below_autograd(op, *arguments)
 
     return shortened
 
@@ -168,7 +176,7 @@ def _register_one(
 ) -> None:
     LIB.define(f"{op}{schema}")
     impl(LIB, op, "CompositeExplicitAutograd")(kernel)
-    register_fake(f"vitadapter_ops::{op}", fake, lib=LIB)
+    register_fake(f"vitadapter_ops::{op}", _arguments.checked(schema, fake), lib=LIB)
 
 
 def _register_backward(op: str, contract: Contract, kernel: Callable[..., Any]) -> None:
@@ -203,9 +211,10 @@ def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[...,
     And `<name>_deterministic_backward`, which csrc/ has for CUDA; the reference's index_add_ obeys
     torch.use_deterministic_algorithms as well.
     """
+    forward, backward = map(_arguments.checked, contract.schema, kernels)
     for op in (contract.name, f"{contract.name}_reference"):
-        register(op, contract, kernels)
-    _register_backward(f"{contract.name}_deterministic_backward", contract, kernels[1])
+        register(op, contract, (forward, backward))
+    _register_backward(f"{contract.name}_deterministic_backward", contract, backward)
     return contract
 
 

@@ -12,7 +12,7 @@ import torch
 
 import children
 import vitadapter_ops
-from vitadapter_ops import _memory
+from vitadapter_ops import _memory, _ops
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 
@@ -165,3 +165,14 @@ def test_on_a_gpu_it_is_an_error_of_torchs_class(text):
 )
 def test_what_is_right_already_stays_as_it_is(error):
     assert _memory.explained(error) is None
+
+
+def test_handlers_of_torchs_class_see_what_an_operator_raises():
+    def without_memory(*given):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. (for the output)")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB"):
+        _ops._below_autograd(without_memory)
+    contract = _ops.MS_DEFORM_ATTN._replace(backward=without_memory)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB"):
+        contract.differentiate("ms_deform_attn")(None, torch.ones(1))

@@ -159,3 +159,32 @@ def test_a_kernel_in_python_sees_only_dense_tensors_of_one_device():
             kernel(*given)
     with pytest.raises(ValueError, match=r"^value: expected a dense tensor, got .*sparse"):
         kernel(here, here.to_sparse(), [1], None)
+
+
+def everyone(op):
+    """An operator and all that stand beside it."""
+    name = op.removesuffix("_backward")
+    yield op
+    yield f"{name}_reference{'_backward' if op.endswith('_backward') else ''}"
+    if op.endswith("_backward"):
+        yield f"{name}_deterministic_backward"
+
+
+@pytest.mark.parametrize("fault", ["meta", "sparse"])
+@pytest.mark.parametrize(("op", "name"), TENSORS, ids=str)
+def test_what_torch_sends_elsewhere_is_named(op, name, fault):
+    given = arguments(op)
+    given[name] = FAULTS[fault](given[name])
+    named = r"\w+" if name == "value" and fault == "meta" else name
+    for each in everyone(op):
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"(?s)^{named}: expected .*, got "):
+            getattr(OPS, each)(*given.values())
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_all_on_meta_gives_shapes(op):
+    given = [a.to("meta") if torch.is_tensor(a) else a for a in arguments(op).values()]
+    with torch.no_grad():
+        for each in everyone(op):
+            result = getattr(OPS, each)(*given)
+            assert all(t.is_meta for t in (result if isinstance(result, tuple) else (result,)))
