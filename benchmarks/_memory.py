@@ -38,7 +38,7 @@ _OUT_OF_MEMORY_PHRASES = (
     "not enough memory",
 )
 # How it reads where the cause is not told.
-_VAGUE_PHRASES = ("could not create a primitive", "API call failed")
+_VAGUE_PHRASE = "could not create a primitive"
 
 
 class ChildError(RuntimeError):
@@ -158,12 +158,10 @@ def limited(headroom: int | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # oneDNN, and allocations of our operators through torch's stable ABI, say only this when
-        # they get no memory, but also for other reasons. The error's frames still hold their
-        # tensors here, so the space left tells which it was.
+        # oneDNN says only this when it gets no memory, but also for other reasons. The error's
+        # frames still hold their tensors here, so the space left tells which it was.
         left = limit - (_status_bytes("VmSize") or 0)
-        vague = any(phrase in str(error) for phrase in _VAGUE_PHRASES)
-        if vague and left < max(64 * 2**20, headroom // 10):
+        if _VAGUE_PHRASE in str(error) and left < max(64 * 2**20, headroom // 10):
             raise MemoryError(str(error)) from error
         raise
     finally:

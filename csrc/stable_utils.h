@@ -1,39 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher needs, once: the last line of checks, the level table, dtype dispatch.
-// User-facing errors are raised in Python (vitadapter_ops/_checks.py); a check that fails here
-// means that the raw operator was called with inconsistent arguments, and it must still never read
-// out of bounds.
+// What every launcher needs, once: the level table, the problem that its arguments pose, dtype
+// dispatch. User-facing errors are raised in Python (vitadapter_ops/_checks.py); a check that fails
+// here means that the raw operator was called with inconsistent arguments, and it must still never
+// read out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "allocation.h"
+#include "arguments.h"
 #include "params.h"
 #include "storage.h"
 
 namespace vitadapter {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// value, as any operator takes it.
+template <typename Device>
+Argument value_argument(const Tensor& tensor) {
+  const Argument value("value", tensor, Device::type());
+  value.expect_rank(4, "[B, S, M, D]");
+  value.expect_dtype(
+      {ScalarType::Double, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  return value;
+}
+
+// The dtype that arithmetic is done in beside it.
+inline ScalarType compute_dtype(const Argument& value) {
+  return value.dtype() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // A problem, from value and its levels; `points` of each level.
-inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
+inline Problem make_problem(const Argument& value, const std::vector<int64_t>& spatial_shapes,
                             const std::vector<int64_t>& level_start_index,
                             const std::vector<int64_t>& points, int64_t queries) {
-  STD_TORCH_CHECK(value.dim() == 4, "value: expected 4 dimensions, got ", value.dim());
   const int64_t levels = static_cast<int64_t>(level_start_index.size());
-  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, "level_start_index: expected 1 to ",
-                  kMaxLevels, " levels, got ", levels);
-  STD_TORCH_CHECK(static_cast<int64_t>(spatial_shapes.size()) == 2 * levels &&
-                      static_cast<int64_t>(points.size()) == levels,
-                  "spatial_shapes, points_per_level: expected ", levels, " levels");
+  if (levels < 1 || levels > kMaxLevels) {
+    fail("level_start_index: expected 1 to ", kMaxLevels, " levels, got ", levels);
+  }
+  if (static_cast<int64_t>(spatial_shapes.size()) != 2 * levels) {
+    fail("spatial_shapes: expected ", 2 * levels, " sides (from level_start_index), got ",
+         spatial_shapes.size());
+  }
+  if (static_cast<int64_t>(points.size()) != levels) {
+    fail("points_per_level: expected ", levels, " numbers (from level_start_index), got ",
+         points.size());
+  }
   Problem p{};
   p.batch = value.size(0);
   p.pixels = value.size(1);
@@ -44,12 +62,15 @@ inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spa
   for (int64_t l = 0; l < levels; ++l) {
     const int64_t height = spatial_shapes[2 * l], width = spatial_shapes[2 * l + 1];
     const int64_t start = level_start_index[l];
-    STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT32_MAX && width <= INT32_MAX &&
-                        start >= 0 && start <= p.pixels && height <= (p.pixels - start) / width,
-                    "spatial_shapes: level ", l, " does not lie inside value's ", p.pixels,
-                    " pixels");
-    STD_TORCH_CHECK(points[l] >= 0 && points[l] <= INT32_MAX - p.points, "points_per_level: level ",
-                    l, " has ", points[l], " points");
+    if (height <= 0 || width <= 0 || height > INT32_MAX || width > INT32_MAX || start < 0 ||
+        start > p.pixels || height > (p.pixels - start) / width) {
+      fail("spatial_shapes, level_start_index: expected level ", l, " to lie inside value's ",
+           p.pixels, " pixels, got ", height, " x ", width, " from ", start);
+    }
+    if (points[l] < 0 || points[l] > INT32_MAX - p.points) {
+      fail("points_per_level: expected 0 to ", INT32_MAX, " points in all, got ", points[l],
+           " for level ", l);
+    }
     p.level[l] = Level{static_cast<int32_t>(height), static_cast<int32_t>(width), start,
                        static_cast<int32_t>(p.points), static_cast<int32_t>(points[l])};
     p.points += points[l];
@@ -57,91 +78,71 @@ inline Problem make_problem(const Tensor& value, const std::vector<int64_t>& spa
   return p;
 }
 
-// Whether `t` has the sizes; -1 fits any.
-inline bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
-  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != -1 && t.size(static_cast<int64_t>(d)) != sizes[d]) return false;
+// Points have the dtype of value, or fp32 beside a 16-bit value.
+inline void expect_points_dtype(const Argument& points, const Argument& value) {
+  if (value.dtype() == compute_dtype(value)) {
+    points.expect_dtype({value.dtype()}, " (from value)");
+  } else {
+    points.expect_dtype({value.dtype(), ScalarType::Float}, " (that of value, or float32)");
   }
-  return true;
 }
 
-inline Problem located_problem(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
+inline Problem located_problem(const Argument& value, const std::vector<int64_t>& spatial_shapes,
                                const std::vector<int64_t>& level_start_index,
-                               const Tensor& locations, const Tensor& weights) {
-  STD_TORCH_CHECK(locations.dim() == 6, "sampling_locations: expected 6 dimensions, got ",
-                  locations.dim());
-  STD_TORCH_CHECK(locations.scalar_type() == weights.scalar_type(),
-                  "attention_weights: expected the dtype of sampling_locations");
+                               const Tensor& locations_in, const Tensor& weights_in) {
+  const Argument locations("sampling_locations", locations_in, value);
+  const Argument weights("attention_weights", weights_in, value);
+  locations.expect_rank(6, "[B, Q, M, L, P, 2]");
+  expect_points_dtype(locations, value);
+  weights.expect_dtype({locations.dtype()}, " (from sampling_locations)");
   const int64_t levels = static_cast<int64_t>(level_start_index.size()), each = locations.size(4);
   const Problem p =
       make_problem(value, spatial_shapes, level_start_index,
                    std::vector<int64_t>(level_start_index.size(), each), locations.size(1));
-  STD_TORCH_CHECK(has_sizes(locations, {p.batch, p.queries, p.heads, levels, each, 2}),
-                  "sampling_locations: expected [B, Q, M, L, P, 2] with B, M of value");
-  STD_TORCH_CHECK(has_sizes(weights, {p.batch, p.queries, p.heads, levels, each}),
-                  "attention_weights: expected the first 5 sizes of sampling_locations");
+  locations.expect_sizes({p.batch, p.queries, p.heads, levels, each, 2},
+                         "value and level_start_index");
+  weights.expect_sizes({p.batch, p.queries, p.heads, levels, each}, "sampling_locations");
   return p;
 }
 
-inline Problem offsets_problem(const Tensor& value, const std::vector<int64_t>& spatial_shapes,
+inline Problem offsets_problem(const Argument& value, const std::vector<int64_t>& spatial_shapes,
                                const std::vector<int64_t>& level_start_index,
                                const std::vector<int64_t>& points_per_level,
-                               const Tensor& reference, const Tensor& offsets, const Tensor& logits,
-                               const std::optional<Tensor>& mask,
-                               const std::optional<Tensor>& scale) {
-  STD_TORCH_CHECK(offsets.dim() == 5, "sampling_offsets: expected 5 dimensions, got ",
-                  offsets.dim());
+                               const Tensor& reference_in, const Tensor& offsets_in,
+                               const Tensor& logits_in, const std::optional<Tensor>& mask_in,
+                               const std::optional<Tensor>& scale_in) {
+  const Argument reference("reference_points", reference_in, value);
+  const Argument offsets("sampling_offsets", offsets_in, value);
+  const Argument logits("attention_logits", logits_in, value);
+  offsets.expect_rank(5, "[B, Q, M, K, 2]");
+  expect_points_dtype(offsets, value);
+  logits.expect_dtype({offsets.dtype()}, " (from sampling_offsets)");
+  reference.expect_dtype({compute_dtype(value)}, " (from value)");
   const Problem p =
       make_problem(value, spatial_shapes, level_start_index, points_per_level, offsets.size(1));
-  STD_TORCH_CHECK(has_sizes(offsets, {p.batch, p.queries, p.heads, p.points, 2}),
-                  "sampling_offsets: expected [B, Q, M, K, 2] with B, M of value and K points in "
-                  "points_per_level");
-  STD_TORCH_CHECK(has_sizes(logits, {p.batch, p.queries, p.heads, p.points}) &&
-                      logits.scalar_type() == offsets.scalar_type(),
-                  "attention_logits: expected the first 4 sizes and the dtype of sampling_offsets");
-  STD_TORCH_CHECK(has_sizes(reference, {-1, p.queries, -1, -1}) &&
-                      (reference.size(0) == 1 || reference.size(0) == p.batch) &&
-                      (reference.size(2) == 1 || reference.size(2) == p.levels) &&
-                      (reference.size(3) == 2 || reference.size(3) == 4),
-                  "reference_points: expected [B or 1, Q, L or 1, 2 or 4]");
-  STD_TORCH_CHECK(!mask.has_value() || (has_sizes(*mask, {p.batch, p.pixels}) &&
-                                        mask->scalar_type() == ScalarType::Bool),
-                  "padding_mask: expected bool [B, S]");
-  STD_TORCH_CHECK(!scale.has_value() || (has_sizes(*scale, {p.points}) && reference.size(3) == 4),
-                  "offset_scale: expected [K], beside boxes");
+  offsets.expect_sizes({p.batch, p.queries, p.heads, p.points, 2}, "value and points_per_level");
+  logits.expect_sizes({p.batch, p.queries, p.heads, p.points}, "sampling_offsets");
+  reference.expect_sizes({kAnySize, p.queries, kAnySize, kAnySize}, "sampling_offsets");
+  if ((reference.size(0) != 1 && reference.size(0) != p.batch) ||
+      (reference.size(2) != 1 && reference.size(2) != p.levels) ||
+      (reference.size(3) != 2 && reference.size(3) != 4)) {
+    fail("reference_points: expected [", p.batch, " or 1, ", p.queries, ", ", p.levels,
+         " or 1, 2 or 4] (from value and level_start_index), got ", reference.sizes());
+  }
+  if (mask_in.has_value()) {
+    const Argument mask("padding_mask", *mask_in, value);
+    mask.expect_dtype({ScalarType::Bool});
+    mask.expect_sizes({p.batch, p.pixels}, "value");
+  }
+  if (scale_in.has_value()) {
+    const Argument scale("offset_scale", *scale_in, value);
+    scale.expect_dtype({compute_dtype(value)}, " (from value)");
+    scale.expect_sizes({p.points}, "points_per_level");
+    if (reference.size(3) != 4) {
+      fail("offset_scale: expected none beside reference_points of width 2, got a tensor");
+    }
+  }
   return p;
-}
-
-// At a decoder's sizes a call is bound by the host. torch::stable::contiguous, new_empty and
-// new_zeros find their operators by name, at about a microsecond each; these do not.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-// aoti_torch_aten_new_empty or aoti_torch_aten_new_zeros.
-using Allocator = decltype(aoti_torch_aten_new_empty);
-
-inline Tensor allocate(Allocator& allocator, const Tensor& like, const std::vector<int64_t>& sizes,
-                       int32_t dtype) {
-  int32_t layout = 0, device_type = 0, device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(allocator(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
-                                   &dtype, &layout, &device_type, device_index, nullptr, &made));
-  return Tensor(made);
-}
-
-inline int32_t dtype_code(const Tensor& t) {
-  int32_t code = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
-
-inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return allocate(aoti_torch_aten_new_empty, like, sizes, dtype_code(like));
 }
 
 // value as a kernel reads it: channels contiguous, any stride over batch, pixels and heads.
@@ -153,35 +154,14 @@ inline ValueStrides value_strides(const Tensor& value) {
   return ValueStrides{value.stride(0), value.stride(1), value.stride(2)};
 }
 
-template <typename T>
-struct DtypeOf;
-template <>
-struct DtypeOf<double> {
-  static constexpr ScalarType value = ScalarType::Double;
-};
-template <>
-struct DtypeOf<float> {
-  static constexpr ScalarType value = ScalarType::Float;
-};
-template <>
-struct DtypeOf<float16> {
-  static constexpr ScalarType value = ScalarType::Half;
-};
-template <>
-struct DtypeOf<bfloat16> {
-  static constexpr ScalarType value = ScalarType::BFloat16;
-};
-
 // The storage types of this header are layout-compatible with torch's, whose typed accessors would
-// tie the kernels to torch headers.
+// tie the kernels to torch headers. The dtypes have been checked.
 template <typename T>
 const T* const_ptr(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == DtypeOf<T>::value, "unexpected dtype of an argument");
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <typename T>
 T* mutable_ptr(Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == DtypeOf<T>::value, "unexpected dtype of an argument");
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
@@ -191,34 +171,17 @@ struct Types {
   using loc_t = loc_type;
 };
 
-// Calls launch(Types<value_t, loc_t>{}) for the supported dtype pairs: locations and weights have
-// the dtype of value, or fp32 beside a 16-bit value.
+// Calls launch(Types<value_t, loc_t>{}) for a pair of dtypes that passed the checks.
 template <typename Launch>
 void dispatch_dtypes(ScalarType value, ScalarType loc, const Launch& launch) {
-  if (value == loc) {
-    switch (value) {
-      case ScalarType::Double:
-        return launch(Types<double, double>{});
-      case ScalarType::Float:
-        return launch(Types<float, float>{});
-      case ScalarType::Half:
-        return launch(Types<float16, float16>{});
-      case ScalarType::BFloat16:
-        return launch(Types<bfloat16, bfloat16>{});
-      default:
-        break;
-    }
-  } else if (loc == ScalarType::Float) {
-    switch (value) {
-      case ScalarType::Half:
-        return launch(Types<float16, float>{});
-      case ScalarType::BFloat16:
-        return launch(Types<bfloat16, float>{});
-      default:
-        break;
-    }
+  if (value == ScalarType::Double) return launch(Types<double, double>{});
+  if (value == ScalarType::Float) return launch(Types<float, float>{});
+  if (value == ScalarType::Half) {
+    if (loc == value) return launch(Types<float16, float16>{});
+    return launch(Types<float16, float>{});
   }
-  STD_TORCH_CHECK(false, "value, sampling_locations: unsupported pair of dtypes");
+  if (loc == value) return launch(Types<bfloat16, bfloat16>{});
+  return launch(Types<bfloat16, float>{});
 }
 
 // A tensor with a stride over B and Q, contiguous beyond: as it is where it is so.
@@ -270,11 +233,11 @@ struct OffsetsTensors {
   }
 };
 
-// A tensor like `t` for a gradient that is needed, an empty one otherwise. Contiguous.
-inline Tensor gradient_like(const Tensor& t, bool needed) {
+// A tensor like `t` for a result that is needed, an empty one otherwise. Contiguous.
+inline Tensor like_or_empty(const Tensor& t, bool needed, const char* what) {
   std::vector<int64_t> sizes{0};
   if (needed) sizes.assign(t.sizes().begin(), t.sizes().end());
-  return make_empty(t, sizes);
+  return make_empty(t, sizes, what);
 }
 
 // The gradient of value, to be filled by the kernels; `finished` turns it into the dtype of value.
@@ -290,7 +253,10 @@ struct ValueGradient {
       : dtype(value.scalar_type()), tensor(make(value, needed, added_to || !work)) {}
 
   Tensor finished() const {
-    return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+    if (tensor.scalar_type() == dtype) return tensor;
+    const int64_t bytes = 2 * tensor.numel();  // only the sums for 16-bit values are wider
+    return allocating(tensor, bytes, "the gradient of value",
+                      [&] { return torch::stable::to(tensor, dtype); });
   }
 
  private:
@@ -301,14 +267,14 @@ struct ValueGradient {
     std::vector<int64_t> sizes{0};
     if (needed) sizes.assign(value.sizes().begin(), value.sizes().end());
     return allocate(needed && zeros ? aoti_torch_aten_new_zeros : aoti_torch_aten_new_empty, value,
-                    sizes, dtype);
+                    sizes, dtype, "the gradient of value");
   }
 };
 
-inline void check_grad_output(const Tensor& grad, const Tensor& value, const Problem& n) {
-  STD_TORCH_CHECK(has_sizes(grad, {n.batch, n.queries, n.heads * n.channels}) &&
-                      grad.scalar_type() == value.scalar_type(),
-                  "grad_output: expected the shape and dtype of the output");
+inline void check_grad_output(const Tensor& tensor, const Argument& value, const Problem& n) {
+  const Argument grad("grad_output", tensor, value);
+  grad.expect_dtype({value.dtype()}, " (from value)");
+  grad.expect_sizes({n.batch, n.queries, n.heads * n.channels}, "the output");
 }
 
 // One launcher for both devices. A device provides `forward(params)` and `backward(params,
@@ -318,14 +284,15 @@ template <typename Device>
 Tensor launch_forward(const Tensor& value_in, const std::vector<int64_t>& spatial_shapes,
                       const std::vector<int64_t>& level_start_index, const Tensor& locations_in,
                       const Tensor& weights_in) {
-  const typename Device::Guard guard(value_in);
+  const Argument argument = value_argument<Device>(value_in);
   const Problem problem =
-      located_problem(value_in, spatial_shapes, level_start_index, locations_in, weights_in);
+      located_problem(argument, spatial_shapes, level_start_index, locations_in, weights_in);
+  const typename Device::Guard guard(value_in);
   const Tensor value = with_contiguous_channels(value_in);
   const Tensor locations = as_contiguous(locations_in);
   const Tensor weights = as_contiguous(weights_in);
-  Tensor out =
-      make_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels});
+  Tensor out = make_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels},
+                          "the output");
   if (out.numel() == 0) return out;
   dispatch_dtypes(value.scalar_type(), locations.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
@@ -348,10 +315,11 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
     const Tensor& grad_out_in, const Tensor& value_in, const std::vector<int64_t>& spatial_shapes,
     const std::vector<int64_t>& level_start_index, const Tensor& locations_in,
     const Tensor& weights_in, bool need_value, bool need_locations, bool need_weights) {
-  const typename Device::Guard guard(value_in);
+  const Argument argument = value_argument<Device>(value_in);
   const Problem problem =
-      located_problem(value_in, spatial_shapes, level_start_index, locations_in, weights_in);
-  check_grad_output(grad_out_in, value_in, problem);
+      located_problem(argument, spatial_shapes, level_start_index, locations_in, weights_in);
+  check_grad_output(grad_out_in, argument, problem);
+  const typename Device::Guard guard(value_in);
   const Tensor grad_out = as_contiguous(grad_out_in);
   const Tensor value = with_contiguous_channels(value_in);
   const Tensor locations = as_contiguous(locations_in);
@@ -360,8 +328,9 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
       problem.rows() * problem.points > 0 && (need_value || need_locations || need_weights);
   ValueGradient<Device> grad_value(value, need_value, work,
                                    Device::kAddsToGradient && !deterministic);
-  Tensor grad_locations = gradient_like(locations, need_locations);
-  Tensor grad_weights = gradient_like(weights, need_weights);
+  Tensor grad_locations =
+      like_or_empty(locations, need_locations, "the gradient of sampling_locations");
+  Tensor grad_weights = like_or_empty(weights, need_weights, "the gradient of attention_weights");
   if (work) {
     dispatch_dtypes(value.scalar_type(), locations.scalar_type(), [&](auto types) {
       using value_t = typename decltype(types)::value_t;
@@ -391,15 +360,16 @@ std::tuple<Tensor, Tensor> launch_forward_from_offsets(
     const Tensor& reference_in, const Tensor& offsets_in, const Tensor& logits_in,
     const std::optional<Tensor>& mask_in, const std::optional<Tensor>& scale_in,
     bool return_weights) {
-  const typename Device::Guard guard(value_in);
+  const Argument argument = value_argument<Device>(value_in);
   const Problem problem =
-      offsets_problem(value_in, spatial_shapes, level_start_index, points_per_level, reference_in,
+      offsets_problem(argument, spatial_shapes, level_start_index, points_per_level, reference_in,
                       offsets_in, logits_in, mask_in, scale_in);
+  const typename Device::Guard guard(value_in);
   const Tensor value = with_contiguous_channels(value_in);
   const OffsetsTensors points(reference_in, offsets_in, logits_in, mask_in, scale_in);
-  Tensor out =
-      make_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels});
-  Tensor weights = gradient_like(logits_in, return_weights);
+  Tensor out = make_empty(value, {problem.batch, problem.queries, problem.heads * problem.channels},
+                          "the output");
+  Tensor weights = like_or_empty(logits_in, return_weights, "the attention weights");
   if (out.numel() == 0) return {out, weights};
   dispatch_dtypes(value.scalar_type(), points.offsets.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
@@ -420,16 +390,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
     const Tensor& offsets_in, const Tensor& logits_in, const std::optional<Tensor>& mask_in,
     const std::optional<Tensor>& scale_in, bool need_value, bool need_reference, bool need_offsets,
     bool need_logits) {
-  const typename Device::Guard guard(value_in);
+  const Argument argument = value_argument<Device>(value_in);
   const Problem problem =
-      offsets_problem(value_in, spatial_shapes, level_start_index, points_per_level, reference_in,
+      offsets_problem(argument, spatial_shapes, level_start_index, points_per_level, reference_in,
                       offsets_in, logits_in, mask_in, scale_in);
-  check_grad_output(grad_out_in, value_in, problem);
-  STD_TORCH_CHECK(!grad_weights_in.has_value() ||
-                      (has_sizes(*grad_weights_in,
-                                 {problem.batch, problem.queries, problem.heads, problem.points}) &&
-                       grad_weights_in->scalar_type() == logits_in.scalar_type()),
-                  "grad_weights: expected the shape and dtype of attention_logits");
+  check_grad_output(grad_out_in, argument, problem);
+  if (grad_weights_in.has_value()) {
+    const Argument grad("grad_weights", *grad_weights_in, argument);
+    grad.expect_dtype({logits_in.scalar_type()}, " (from attention_logits)");
+    grad.expect_sizes({problem.batch, problem.queries, problem.heads, problem.points},
+                      "attention_logits");
+  }
+  const typename Device::Guard guard(value_in);
   const Tensor grad_out = as_contiguous(grad_out_in);
   std::optional<Tensor> grad_weights;
   if (grad_weights_in.has_value()) grad_weights = as_contiguous(*grad_weights_in);
@@ -439,10 +411,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
                     (need_value || need_reference || need_offsets || need_logits);
   ValueGradient<Device> grad_value(value, need_value, work,
                                    Device::kAddsToGradient && !deterministic);
-  Tensor grad_offsets = gradient_like(points.offsets, need_offsets);
-  Tensor grad_logits = gradient_like(points.logits, need_logits);
+  Tensor grad_offsets =
+      like_or_empty(points.offsets, need_offsets, "the gradient of sampling_offsets");
+  Tensor grad_logits =
+      like_or_empty(points.logits, need_logits, "the gradient of attention_logits");
   if (!work) {
-    Tensor grad_reference = gradient_like(points.reference, need_reference);
+    Tensor grad_reference =
+        like_or_empty(points.reference, need_reference, "the gradient of reference_points");
     torch::stable::zero_(grad_reference);
     return {grad_value.finished(), grad_reference, grad_offsets, grad_logits};
   }
@@ -451,7 +426,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
   Tensor by_head = make_empty(points.reference,
                               need_reference ? std::vector<int64_t>{problem.batch, problem.queries,
                                                                     problem.heads, levels, width}
-                                             : std::vector<int64_t>{0});
+                                             : std::vector<int64_t>{0},
+                              "the gradient of reference_points");
   dispatch_dtypes(value.scalar_type(), points.offsets.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
     using point_t = typename decltype(types)::loc_t;
@@ -473,10 +449,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
   });
   Tensor grad_reference = by_head;
   if (need_reference) {
-    grad_reference = torch::stable::sum(by_head, std::vector<int64_t>{2});
-    if (points.reference.size(0) == 1 && problem.batch != 1) {
-      grad_reference = torch::stable::sum(grad_reference, std::vector<int64_t>{0}, true);
-    }
+    const int64_t bytes =
+        by_head.numel() / problem.heads * static_cast<int64_t>(by_head.element_size());
+    grad_reference = allocating(by_head, bytes, "the gradient of reference_points", [&] {
+      Tensor sum = torch::stable::sum(by_head, std::vector<int64_t>{2});
+      const bool shared = points.reference.size(0) == 1 && problem.batch != 1;
+      return shared ? torch::stable::sum(sum, std::vector<int64_t>{0}, true) : sum;
+    });
   }
   return {grad_value.finished(), grad_reference, grad_offsets, grad_logits};
 }

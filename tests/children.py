@@ -22,6 +22,7 @@ CPU_TESTS = (
     str(ROOT / "tests" / "ops" / "test_backends.py"),
     str(ROOT / "tests" / "ops" / "test_cpu_kernels.py"),
     str(ROOT / "tests" / "ops" / "test_from_offsets.py"),
+    str(ROOT / "tests" / "ops" / "test_infinities.py"),
 )
 CPU_TESTS_ONLY = "(cpu-on-cpu or test_cpu_kernels) and not vit_adapter and not gradcheck"
 

@@ -26,7 +26,7 @@ from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.library import Library, impl, register_fake
 
-from . import _grid_sample, reference
+from . import _arguments, _grid_sample, _memory, reference
 
 # spatial_shapes is H0, W0, H1, W1, ...; SymInt keeps one compiled graph for all image sizes.
 _VALUE = "Tensor value, SymInt[] spatial_shapes, SymInt[] level_start_index, "
@@ -150,8 +150,13 @@ def _below_autograd(op: Any, *arguments: Any) -> Any:
     Its autograd kernel is Python and takes as long as all the rest of a call, only to find out the
     same.
     """
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError as error:
+        if explained := _memory.explained(error):
+            raise explained from error
+        raise
 
 
 _eager: dict[str, Callable[..., Any]] = {}
@@ -186,8 +191,7 @@ def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
     def shortened(*arguments: Any) -> Any:
         if _is_recorded(arguments):
             return differentiable.apply(below, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        return _below_autograd(op, *arguments)
 
     return shortened
 
@@ -200,7 +204,7 @@ def _register_one(
 ) -> None:
     LIB.define(f"{op}{schema}")
     impl(LIB, op, "CompositeExplicitAutograd")(kernel)
-    register_fake(f"vitadapter_ops::{op}", fake, lib=LIB)
+    register_fake(f"vitadapter_ops::{op}", _arguments.checked(schema, fake), lib=LIB)
 
 
 def _register_autograd(op: str, function: Any, transformed: Callable[..., Any]) -> None:
@@ -221,10 +225,10 @@ def _register_autograd(op: str, function: Any, transformed: Callable[..., Any]) 
         if is_differentiated_by_torch(*arguments):
             return transformed(*arguments)
 
-        def below(*arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
+        redispatch = functools.partial(
+            overload.redispatch, keyset & torch._C._after_autograd_keyset
+        )
+        below = functools.partial(_below_autograd, redispatch)
         if _is_recorded(arguments):
             return function.apply(below, *arguments)
         return below(*arguments)
@@ -292,9 +296,10 @@ def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[...,
     And `<name>_deterministic_backward`, which csrc/ has for CUDA; the reference's index_add_ obeys
     torch.use_deterministic_algorithms as well.
     """
+    forward, backward = map(_arguments.checked, contract.schema, kernels)
     for op in (contract.name, f"{contract.name}_reference"):
-        register(op, contract, kernels)
-    _register_backward(f"{contract.name}_deterministic_backward", contract, kernels[1])
+        register(op, contract, (forward, backward))
+    _register_backward(f"{contract.name}_deterministic_backward", contract, backward)
     return contract
 
 

@@ -35,8 +35,7 @@ class _Corner(NamedTuple):
     """One of the four pixels around each sampling point of a level; all [B, Q, M, P]."""
 
     row: Tensor  # row of value.reshape(B * S * M, D); any valid row where `inside` is False
-    exists: Tensor  # the pixel lies on the map, and the point touches the map
-    inside: Tensor  # ... and is not masked
+    inside: Tensor  # the point touches the map, and the pixel lies on it and is not masked
     weight: Tensor  # bilinear weight, 0 where not inside
     grad_x: Tensor  # derivative of the weight by the position in pixels
     grad_y: Tensor
@@ -70,7 +69,6 @@ def _corners(level: _LevelPoints, pixels: int, padding_mask: Tensor | None) -> I
         wx, wy = (fx if dx else 1 - fx), (fy if dy else 1 - fy)
         yield _Corner(
             row=(b * pixels + pixel) * heads + m,
-            exists=exists,
             inside=inside,
             weight=(wy * wx).masked_fill(~inside, 0),
             grad_x=(wy if dx else -wy).masked_fill(~inside, 0),
@@ -95,12 +93,12 @@ def _sample(
         rows = value.reshape(-1, channels).to(compute)
         for level in levels:
             sample = out.new_zeros(())
-            touches = torch.zeros_like(level.x, dtype=torch.bool)
+            reads = torch.zeros_like(level.x, dtype=torch.bool)
             for corner in _corners(level, pixels, padding_mask):
                 sample = sample + corner.weight.unsqueeze(-1) * _read(rows, corner)
-                touches = touches | corner.exists
-            # A point off the map contributes zero even where its weight is NaN.
-            weight = level.weight.masked_fill(~touches, 0)
+                reads = reads | corner.inside
+            # A point that reads no pixel contributes zero even where its weight is NaN.
+            weight = level.weight.masked_fill(~reads, 0)
             # Point after point: the order that the fp64 kernels keep, to the last bit.
             for point in range(weight.shape[3]):
                 out = out + weight[..., point, None] * sample[..., point, :]
@@ -144,10 +142,9 @@ def _sample_backward(
             continue
         for corner in _corners(level, pixels, padding_mask):
             if need_value:
-                share = (level.weight * corner.weight).masked_fill(~corner.inside, 0)
-                grad_rows.index_add_(
-                    0, corner.row.flatten(), (share.unsqueeze(-1) * grad).view(-1, channels)
-                )
+                share = (level.weight * corner.weight).unsqueeze(-1) * grad
+                share = share.masked_fill(~corner.inside.unsqueeze(-1), 0)
+                grad_rows.index_add_(0, corner.row.flatten(), share.view(-1, channels))
             if need_points:
                 dot = (grad * _read(rows, corner)).sum(-1).masked_fill(~corner.inside, 0)
                 slope = (level.weight * dot).masked_fill(~corner.inside, 0)

@@ -13,6 +13,12 @@ namespace vitadapter::cpu {
 constexpr size_t kHugePage = size_t(1) << 21;
 void advise_huge_pages(void* data, size_t bytes);
 
+// Thrown where scratch memory is missing. Without members that each instruction set would compile
+// under one name.
+struct NoMemory {
+  int64_t bytes;
+};
+
 // The points of a tile of queries are placed together, one head at a time: 512 points and their 10
 // numbers stay in L1 beside the pixels that they read.
 inline int64_t tile_queries(const Problem& n) {

@@ -107,7 +107,10 @@ class Buffer {
     const size_t bytes = static_cast<size_t>(size) * sizeof(T);
     const size_t unit = bytes >= cpu::kHugePage ? cpu::kHugePage : 64;
     data_ = static_cast<T*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) {
+      size_ = 0;
+      throw cpu::NoMemory{static_cast<int64_t>(bytes)};
+    }
     if (unit == cpu::kHugePage) cpu::advise_huge_pages(data_, bytes + unit - 1);
     size_ = size;
   }
@@ -551,6 +554,32 @@ void mark_masked(const Problem& n, const bool* mask, int64_t total, Tile<acc>& t
   }
 }
 
+// A sum of numbers that is 0 if all are finite, and NaN otherwise.
+template <typename acc>
+acc non_finite(const acc* numbers, int64_t count) {
+  constexpr int N = kLanes<acc>;
+  Vec<acc, N> all{};
+  int64_t i = 0;
+  for (; i + N <= count; i += N) all += load<N>(numbers + i) * acc(0);
+  acc rest = 0;
+  for (; i < count; ++i) rest += numbers[i] * acc(0);
+  return sum_of<acc, N>(all) + rest;
+}
+
+// Turns points whose corners are all masked into points outside. For finite numbers the zeros that
+// are read in the place of masked pixels do the same.
+template <typename acc>
+void drop_masked(const Problem& n, const bool* mask, int64_t total, Tile<acc>& tile) {
+  mark_masked(n, mask, total, tile);
+  for (int64_t j = 0; j < total; ++j) {
+    if (tile.masked[j] != 15) continue;
+    tile.pixel[j] = static_cast<int32_t>(n.pixels);
+    tile.right[j] = tile.down[j] = 0;
+    tile.attention[j] = 0;
+    for (auto& weight : tile.weight) weight[j] = 0;
+  }
+}
+
 // One head's pixels, `stride` elements apart, from some channel on. kPadded: the pixel that points
 // outside belong to exists, and masked pixels are zero; otherwise such points have to be skipped,
 // and masked corners read `zeros`, which is null without a mask.
@@ -739,6 +768,14 @@ VITADAPTER_HD void for_each_placed_tile(const Params& p, const Part& part, const
     place<kBackward, typename Params::Points>(n, block, first * n.points, queries * n.points,
                                               levels, tile);
     if (mask != nullptr) mark_masked(n, mask, queries * n.points, tile);
+    if (p.mask != nullptr) {
+      const acc* weights = &block.attention[first * n.points];
+      acc bad = non_finite(weights, queries * n.points);
+      if constexpr (kBackward) {
+        bad += non_finite(&block.grad_out[first * n.channels], queries * n.channels);
+      }
+      if (bad != 0) drop_masked(n, p.mask + part.b * n.pixels, queries * n.points, tile);
+    }
     use(h, q, first, queries);
   });
 }

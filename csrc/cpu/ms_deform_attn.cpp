@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // ms_deform_attn on the CPU: checks and allocation (stable_utils.h), then torch's thread pool.
+#include <atomic>
 #include <cstdint>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -25,6 +26,8 @@ void advise_for_output(T* data, int64_t size) {
 }
 
 struct Cpu {
+  static int32_t type() { return aoti_torch_device_type_cpu(); }
+
   struct Guard {
     explicit Guard(const Tensor&) {}
   };
@@ -36,11 +39,21 @@ struct Cpu {
 
   template <typename Task>
   static void run(const Problem& n, int64_t tasks, const Task& task) {
-    STD_TORCH_CHECK(n.pixels <= INT32_MAX,
-                    "value: the CPU kernels take at most 2^31 - 1 pixels, got ", n.pixels);
+    if (n.pixels > INT32_MAX) {
+      fail("value: expected at most 2^31 - 1 pixels for the CPU kernels, got ", n.pixels);
+    }
     const int64_t samples = n.rows() * n.points * n.channels;
     const int64_t grain = kSamplesPerTask * tasks / (samples > 0 ? samples : 1);
-    torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, task);
+    // Through the thread pool no exception comes with its text.
+    std::atomic<int64_t> missing{0};
+    torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, [&](int64_t begin, int64_t end) {
+      try {
+        task(begin, end);
+      } catch (const NoMemory& error) {
+        missing = error.bytes;
+      }
+    });
+    if (missing != 0) fail_without_memory(missing, "scratch of a CPU kernel");
   }
 
   template <typename value_t, typename Points>

@@ -77,10 +77,11 @@ __device__ __forceinline__ void dot_products(const sample& at, const typename Gr
 
 // Adds the shares of a point's corners to the gradient of value: in packs of four channels where
 // memory can, otherwise lane beside lane, so that each instruction adds to whole sectors. `to`
-// starts at the lane's first channel in the former case, at the head's in the latter.
+// starts at the lane's first channel in the former case, at the head's in the latter. `bad`: 0 if
+// all of g are finite, otherwise NaN, which a weight of 0 does not hide.
 template <typename Group, typename Sum, typename value_t, typename sample, typename acc>
 __device__ __forceinline__ void add_shares(const sample& at, const Sum& to, const value_t* grad_out,
-                                           const acc g[Group::kVec], bool has_channels,
+                                           const acc g[Group::kVec], acc bad, bool has_channels,
                                            typename Group::index_t channels, int lane) {
   if constexpr (Sum::kVectors && !Group::kGeneral) {
     if (!has_channels) return;
@@ -88,15 +89,16 @@ __device__ __forceinline__ void add_shares(const sample& at, const Sum& to, cons
     for (int i = 0; i < 4; ++i) {
       acc* pixel = to.pixel(at.pixel[i]);
 #pragma unroll
-      for (int e = 0; e < Group::kVec; e += 4) add_four(pixel + e, at.weight[i], g + e);
+      for (int e = 0; e < Group::kVec; e += 4) {
+        add_four(pixel + e, at.weight[i], g + e, at.weight[i] + bad);
+      }
     }
   } else {
     for (typename Group::index_t c = lane % Group::kLanes; c < channels; c += Group::kLanes) {
       const acc go = to_acc(grad_out[c]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const acc w = at.weight[i];
-        if (w != acc(0)) to.add(to.pixel(at.pixel[i]) + c, w, go);
+        to.add(to.pixel(at.pixel[i]) + c, at.weight[i], go);
       }
     }
   }
@@ -146,6 +148,9 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
     if constexpr (!group::kGeneral) {
       if (has_channels) unpack(*reinterpret_cast<const pack*>(grad_out + c), g);
     }
+    acc bad = 0;
+#pragma unroll
+    for (int e = 0; e < group::kVec; ++e) bad += acc(0) * g[e];
     const int64_t first_pixel = (index.b * n.pixels * n.heads + index.m) * n.channels;
     constexpr bool kPacks = FloatSum<acc, index_t>::kVectors && !group::kGeneral;
     const FloatSum<acc, index_t> sum(p.grad_value, first_pixel + (kPacks ? c : 0), sum_step);
@@ -165,11 +170,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
           if constexpr (std::is_same<acc, float>::value) {
             if (p.fixed.fraction != 0) {
               const FixedPointSum<index_t> fixed(p.fixed, first_pixel, sum_step);
-              add_shares<group>(at, fixed, grad_out, g, has_channels, channels, lane);
+              add_shares<group>(at, fixed, grad_out, g, bad, has_channels, channels, lane);
             }
           }
           if (p.grad_value != nullptr && p.fixed.fraction == 0) {
-            add_shares<group>(at, sum, grad_out, g, has_channels, channels, lane);
+            add_shares<group>(at, sum, grad_out, g, bad, has_channels, channels, lane);
           }
           if (p.need_points) {
             dot_products<group>(at, v, plane, step, grad_out, g, c, channels, s);

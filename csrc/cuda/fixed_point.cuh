@@ -8,8 +8,8 @@
 // levels and points. A term that is 2^19 times smaller than the largest possible one still has the
 // 24 bits of fp32.
 //
-// A term that is not finite cannot be an integer, nor one of factors beyond 2^126. Either makes all
-// of the gradient of value NaN.
+// A term that is not finite cannot be an integer, nor one of factors beyond 2^126. Either makes the
+// element that it is added to NaN: a bit for each element says so.
 #pragma once
 
 #include "warp.cuh"
@@ -19,11 +19,15 @@ namespace vitadapter::cuda {
 constexpr int kFixedPointThreads = 256;
 
 struct FixedPoint {
-  unsigned long long* sums = nullptr;  // like the gradient of value; zeroed by the caller
-  // Bits of the largest |grad_out| and |attention weight| below 2^126, and 1 if a term is no
-  // integer.
-  uint32_t* most = nullptr;
+  // Both zeroed by the caller.
+  unsigned long long* sums = nullptr;  // like the gradient of value
+  // Bits of the largest |grad_out| and |attention weight| below 2^126, 1 if some term is no
+  // integer, and a bit for each sum that has such a term.
+  uint32_t* state = nullptr;
   int fraction = 0;  // bits after the point; 0: there are no integer sums
+
+  static constexpr int kGrad = 0, kWeight = 1, kSomeBad = 2, kBad = 3;
+  static int64_t state_size(int64_t sums) { return kBad + (sums + 31) / 32; }
 
   static int fraction_for(int64_t terms) {
     int bits = 62;
@@ -55,7 +59,11 @@ struct FloatSum {
   __device__ __forceinline__ acc* pixel(index_t index) const {
     return const_cast<acc*>(pixel_of<acc>(plane, index, step));
   }
-  __device__ __forceinline__ void add(acc* to, acc w, acc g) const { atomicAdd(to, w * g); }
+  // A term of 0 costs nothing, and a weight of 0 is one unless g is not finite.
+  __device__ __forceinline__ void add(acc* to, acc w, acc g) const {
+    const acc term = w * g;
+    if (term != acc(0)) atomicAdd(to, term);
+  }
 };
 
 // ... and as integer ones.
@@ -73,30 +81,33 @@ struct FixedPointSum {
       : fixed(where),
         plane(where.sums + first),
         step(pixel_step * static_cast<index_t>(sizeof(sum_t))),
-        weight_scale(power_of_two(-exponent_above(where.most[1]))),
-        grad_scale(power_of_two(-exponent_above(where.most[0]))),
+        weight_scale(power_of_two(-exponent_above(where.state[FixedPoint::kWeight]))),
+        grad_scale(power_of_two(-exponent_above(where.state[FixedPoint::kGrad]))),
         one(power_of_two(where.fraction)) {}
   __device__ __forceinline__ sum_t* pixel(index_t index) const {
     return const_cast<sum_t*>(pixel_of<sum_t>(plane, index, step));
   }
   __device__ __forceinline__ void add(sum_t* to, float w, float g) const {
     const float term = (w * weight_scale) * (g * grad_scale) * one;
+    if (term == 0.0f) return;
     if (fabsf(term) <= one) {
       atomicAdd(to, static_cast<sum_t>(__float2ll_rn(term)));
     } else {
-      atomicMax(fixed.most + 2, 1u);
+      const int64_t index = to - fixed.sums;
+      fixed.state[FixedPoint::kSomeBad] = 1;
+      atomicOr(fixed.state + FixedPoint::kBad + index / 32, 1u << index % 32);
     }
   }
 };
 
-// What the sums are scaled by: `most` of FixedPoint, zero before.
+// What the sums are scaled by: the first two numbers of FixedPoint's state, zero before.
 template <typename value_t, typename point_t>
 struct MeasureArguments {
   const value_t* grad_out;
   int64_t grad_count;
   const point_t* weights;  // null where they are a softmax, at most 1
   int64_t weight_count;
-  uint32_t* most;
+  uint32_t* state;
 };
 
 // The bits of the largest |v| below 2^126 that this warp sees. Bits of numbers >= 0 have their
@@ -120,8 +131,8 @@ __global__ void __launch_bounds__(kFixedPointThreads)
   const uint32_t weight =
       p.weights == nullptr ? __float_as_uint(1.0f) : largest_bits(p.weights, p.weight_count);
   if (threadIdx.x % kWarp == 0) {
-    atomicMax(p.most, grad);
-    atomicMax(p.most + 1, weight);
+    atomicMax(p.state + FixedPoint::kGrad, grad);
+    atomicMax(p.state + FixedPoint::kWeight, weight);
   }
 }
 
@@ -133,14 +144,17 @@ struct FinishArguments {
 
 static __global__ void __launch_bounds__(kFixedPointThreads)
     ms_deform_attn_finish_kernel(const __grid_constant__ FinishArguments p) {
-  const uint32_t* most = p.fixed.most;
-  const int exponent = exponent_above(most[0]) + exponent_above(most[1]) - p.fixed.fraction;
-  const double scale = most[2] == 0 ? ldexp(1.0, exponent) : NAN;
+  const uint32_t* state = p.fixed.state;
+  const int exponent = exponent_above(state[FixedPoint::kGrad]) +
+                       exponent_above(state[FixedPoint::kWeight]) - p.fixed.fraction;
+  const double scale = ldexp(1.0, exponent);
+  const bool some_bad = state[FixedPoint::kSomeBad] != 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count;
        i += step) {
     const double sum = static_cast<double>(static_cast<long long>(p.fixed.sums[i]));
-    p.grad_value[i] = static_cast<float>(sum * scale);
+    const bool bad = some_bad && state[FixedPoint::kBad + i / 32] >> i % 32 & 1u;
+    p.grad_value[i] = bad ? NAN : static_cast<float>(sum * scale);
   }
 }
 

@@ -75,11 +75,11 @@ void dispatch(const Params& p, const void* dense, bool general, const Run& run) 
 template <typename value_t, typename point_t>
 MeasureArguments<value_t, point_t> measure(const BackwardArguments<value_t, Located<point_t>>& p) {
   const Problem& n = p.problem;
-  return {p.grad_out, n.rows() * n.channels, p.points.weights, n.rows() * n.points, p.fixed.most};
+  return {p.grad_out, n.rows() * n.channels, p.points.weights, n.rows() * n.points, p.fixed.state};
 }
 template <typename value_t, typename point_t>
 MeasureArguments<value_t, point_t> measure(const BackwardArguments<value_t, Offsets<point_t>>& p) {
-  return {p.grad_out, p.problem.rows() * p.problem.channels, nullptr, 0, p.fixed.most};
+  return {p.grad_out, p.problem.rows() * p.problem.channels, nullptr, 0, p.fixed.state};
 }
 
 }  // namespace vitadapter::cuda

@@ -37,6 +37,8 @@ void launch(void (*kernel)(Params), int64_t total, int threads, const Params& pa
 constexpr int64_t kElementsPerThread = 16;
 
 struct Cuda {
+  static int32_t type() { return aoti_torch_device_type_cuda(); }
+
   struct Guard {
     explicit Guard(const Tensor& t) : guard(t.get_device_index()) {}
     torch::stable::accelerator::DeviceGuard guard;
@@ -63,15 +65,20 @@ struct Cuda {
     BackwardArguments<value_t, Points> p(params);
     const Problem& n = p.problem;
     const bool fixed = deterministic && p.grad_value != nullptr;
-    Tensor sums, most;
+    Tensor sums, state;
     if (fixed) {
-      STD_TORCH_CHECK(sizeof(value_t) < 8,
-                      "value: the deterministic CUDA backward takes no float64");
+      if (sizeof(value_t) == 8) {
+        fail(
+            "value: expected dtype float32, float16, bfloat16 for the deterministic CUDA backward, "
+            "got float64");
+      }
       const int64_t elements = n.batch * n.pixels * n.heads * n.channels;
-      sums = torch::stable::new_zeros(value, {elements}, ScalarType::Long);
-      most = torch::stable::new_zeros(value, {3}, ScalarType::Int);
+      sums = allocate(aoti_torch_aten_new_zeros, value, {elements}, aoti_torch_dtype_int64(),
+                      "the integer sums of the deterministic backward");
+      state = allocate(aoti_torch_aten_new_zeros, value, {FixedPoint::state_size(elements)},
+                       aoti_torch_dtype_int32(), "the state of the deterministic backward");
       p.fixed.sums = static_cast<unsigned long long*>(sums.mutable_data_ptr());
-      p.fixed.most = static_cast<uint32_t*>(most.mutable_data_ptr());
+      p.fixed.state = static_cast<uint32_t*>(state.mutable_data_ptr());
       p.fixed.fraction = FixedPoint::fraction_for(n.queries * n.points);
       const auto measured = measure(p);
       launch(ms_deform_attn_measure_kernel<value_t, typename Points::point_t>,
@@ -87,9 +94,10 @@ struct Cuda {
         threads /= 2;
       }
       const int64_t bytes = threads / kWarp * memory::warp_bytes(n.points);
-      STD_TORCH_CHECK(bytes <= kMemory, "sampling_offsets: ", n.points,
-                      " points for each query and head are more than the CUDA backward's ", kMemory,
-                      " bytes of shared memory hold");
+      if (bytes > kMemory) {
+        fail("sampling_offsets: expected points of a query and head that ", kMemory,
+             " bytes of shared memory hold in the CUDA backward, got ", n.points);
+      }
       launch(ms_deform_attn_backward_kernel<value_t, Points, channels()>,
              n.rows() * memory::stage::group::kLanes, threads, p, bytes);
     });

@@ -155,20 +155,20 @@ __device__ __forceinline__ unsigned char* block_memory() {
   return vitadapter_block_memory;
 }
 
-// Adds w * v to four consecutive numbers in memory, unless w is 0; other lanes may do so at the
-// same time.
-__device__ __forceinline__ void add_four(float* to, float w, const float v[4]) {
+// Adds w * v to four consecutive numbers in memory, unless `some` is 0; other lanes may do so at
+// the same time.
+__device__ __forceinline__ void add_four(float* to, float w, const float v[4], float some) {
 #if defined(__CUDA_ARCH__) && VITADAPTER_VECTOR_REDUCTIONS
   asm volatile(
       "{\n"
-      " .reg .pred some;\n"
-      " setp.neu.f32 some, %1, 0f00000000;\n"
-      " @some red.relaxed.gpu.global.add.v4.f32 [%0], {%2, %3, %4, %5};\n"
+      " .reg .pred any;\n"
+      " setp.neu.f32 any, %1, 0f00000000;\n"
+      " @any red.relaxed.gpu.global.add.v4.f32 [%0], {%2, %3, %4, %5};\n"
       "}"
       :
-      : "l"(to), "f"(w), "f"(w * v[0]), "f"(w * v[1]), "f"(w * v[2]), "f"(w * v[3]));
+      : "l"(to), "f"(some), "f"(w * v[0]), "f"(w * v[1]), "f"(w * v[2]), "f"(w * v[3]));
 #else
-  if (w == 0.0f) return;
+  if (some == 0.0f) return;
   for (int e = 0; e < 4; ++e) atomicAdd(to + e, w * v[e]);
 #endif
 }

@@ -209,3 +209,10 @@ T atomicMax(T* address, T value) {
   *address = old < value ? value : old;
   return old;
 }
+
+template <typename T>
+T atomicOr(T* address, T value) {
+  const T old = *address;
+  *address = old | value;
+  return old;
+}

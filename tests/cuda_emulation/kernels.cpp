@@ -96,7 +96,7 @@ void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides
   });
 }
 
-// `fixed`: integer sums like the gradient of value and three numbers, all zero, or nothing.
+// `fixed`: integer sums like the gradient of value and their state, all zero, or nothing.
 template <typename value_t, typename Points>
 void backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
               const Numbers& layout, const Addresses& points, const Addresses& rest,
@@ -111,7 +111,7 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
   const Problem& n = p.problem;
   if (!fixed.empty()) {
     p.fixed.sums = at<unsigned long long>(fixed[0]);
-    p.fixed.most = at<uint32_t>(fixed[1]);
+    p.fixed.state = at<uint32_t>(fixed[1]);
     p.fixed.fraction = cuda::FixedPoint::fraction_for(n.queries * n.points);
     emulation::launch(cuda::ms_deform_attn_measure_kernel<value_t, point_t>, kBlocks,
                       cuda::kFixedPointThreads, cuda::measure(p));
@@ -139,6 +139,7 @@ void define(pybind11::module_& m, const std::string& dtypes) {
 }  // namespace
 
 PYBIND11_MODULE(emulated_kernels, m) {
+  m.def("state_size", &cuda::FixedPoint::state_size);
   m.def("quotient",
         [](uint32_t number, int64_t divisor) { return cuda::Divisor(divisor).quotient(number); });
   // (b, q, m) of the row at a place in the order in which rows are taken, and its number in memory.

@@ -19,6 +19,7 @@ import torch
 
 import cases
 import gate
+import infinities
 from vitadapter_ops import _extension
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -81,9 +82,10 @@ def grad_value_memory(value, dtype, fixed):
     return torch.full(value.shape, float("nan") if fixed else 0.0, dtype=dtype)
 
 
-def fixed_sums(grad_value):
-    """The integer sums of fixed_point.cuh, and what scales them."""
-    return [torch.zeros(grad_value.shape, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)]
+def fixed_sums(kernels, grad_value):
+    """The integer sums of fixed_point.cuh, and their state."""
+    state = torch.zeros(kernels.state_size(grad_value.numel()), dtype=torch.int32)
+    return [torch.zeros(grad_value.shape, dtype=torch.int64), state]
 
 
 def emulate(
@@ -109,7 +111,7 @@ def emulate(
     ]
     wanted = [address(t) if need else 0 for t, need in zip(grads, needs, strict=True)]
     rest = [address(value), 0, address(cotangent), wanted[0]]
-    sums = fixed_sums(grads[0]) if fixed else []
+    sums = fixed_sums(kernels, grads[0]) if fixed else []
     arguments = [*shape, where, rest, wanted[1:], [t.data_ptr() for t in sums], general]
     getattr(kernels, f"backward_{dtypes}")(*arguments)
     grads[0] = grads[0].to(value.dtype)
@@ -139,7 +141,7 @@ def emulate_offsets(kernels, dtypes, inputs, cotangents, general=False, fixed=Fa
     grad_offsets, grad_logits = torch.full_like(offsets, nan), torch.full_like(logits, nan)
     grads = [address(t) for t in (grad_offsets, grad_logits, by_head, cotangents[1])]
     rest = [address(value), address(mask), address(cotangents[0]), address(grad_value)]
-    sums = fixed_sums(grad_value) if fixed else []
+    sums = fixed_sums(kernels, grad_value) if fixed else []
     arguments = [*shape, where, rest, grads, [t.data_ptr() for t in sums], general]
     getattr(kernels, f"offsets_backward_{dtypes}")(*arguments)
     grad_reference = by_head.sum(2)
@@ -228,17 +230,56 @@ def test_deterministic_kernels_have_the_same_bits_in_any_order(kernels):
     assert not torch.equal(*grads[False])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-def test_a_term_that_no_integer_holds_shows_in_the_deterministic_gradient(kernels, bad):
+def test_a_finite_gradient_that_no_integer_holds_makes_only_its_pixels_nan(kernels):
     case = cases.SMALL[3]
     inputs = case.inputs().to(torch.float32)
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
-    cotangent[0, 0, 0] = bad
     inputs.sampling_locations[0, 0] = 0.5
-    assert emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1].isnan().all()
-    # What no point brings to the map does no harm.
-    inputs.sampling_locations[0, 0] = 9
-    assert emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1].isfinite().all()
+    clean = emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1]
+    cotangent[0, 0, 0] = 3e38
+    got = emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1]
+    # Four pixels around the middle of two levels, and two of the one that has a middle column.
+    assert got.isnan().sum() == got[0, :, 0, 0].isnan().sum() == 4 + 4 + 2
+    assert torch.equal(got[got.isfinite()], clean[got.isfinite()])
+
+
+# How gradients of value are summed: in vectors, number by number, and in integers.
+SUMS = pytest.mark.parametrize("sums", ["vectors", "scalars", "fixed"])
+
+
+def emulated(request, sums):
+    kernels = request.getfixturevalue("scalar_kernels" if sums == "scalars" else "kernels")
+    return kernels, {"fixed": sums == "fixed"}
+
+
+@SUMS
+@KERNELS
+@pytest.mark.parametrize("poison", infinities.POISONS)
+def test_infinities_reach_what_the_definition_says(request, poison, general, sums):
+    kernels, how = emulated(request, sums)
+    for dtypes, channels in (("fp32", 32), ("bf16", 20), ("fp16", 32)):
+        infinities.check(
+            infinities.POISONS[poison],
+            channels,
+            cases.DTYPES[dtypes][0],
+            lambda *given, dtypes=dtypes: emulate(kernels, dtypes, *given, general, **how),
+        )
+
+
+@SUMS
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("poison", infinities.FUSED_POISONS)
+def test_infinities_in_the_fused_kernels(request, poison, masked, sums):
+    kernels, how = emulated(request, sums)
+    for dtypes, channels, boxes in (("fp32", 32, False), ("bf16", 20, True)):
+        infinities.check_offsets(
+            infinities.FUSED_POISONS[poison],
+            channels,
+            cases.DTYPES[dtypes][0],
+            lambda *given, dtypes=dtypes: emulate_offsets(kernels, dtypes, *given, **how),
+            boxes,
+            masked,
+        )
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e36])

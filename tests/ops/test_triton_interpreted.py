@@ -20,6 +20,10 @@ PARTS = {
         "test_backends.py",
         "not test_small_shapes and not vit_adapter and not 1000 and not same_bits",
     ),
+    "infinities": (
+        "test_infinities.py",
+        "float32-20-True and (gradient-inf or weights-nan or value--inf)",
+    ),
     "gradients": (
         "test_registration.py",
         "triton-on-cpu and (not gradcheck or one-of-everything) and not threads",

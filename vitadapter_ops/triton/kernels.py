@@ -358,6 +358,17 @@ def corner_of(pixel, width, k: tl.constexpr):
 
 
 @triton.jit
+def insides(touches, left, right, top, bottom, padding, pixel, width):
+    """Which points have each corner on the map and unmasked, and which have any such corner."""
+    inside = ()
+    for k in tl.static_range(4):
+        inside = inside + (is_inside(left, right, top, bottom, padding, pixel, width, k),)
+    if padding is not None:
+        touches = inside[0] | inside[1] | inside[2] | inside[3]
+    return inside, touches
+
+
+@triton.jit
 def is_inside(left, right, top, bottom, padding, pixel, width, k: tl.constexpr):
     """Which points have a corner k that is on the map and no padding."""
     inside = (right if k % 2 == 1 else left) & (bottom if k >= 2 else top)
@@ -452,18 +463,18 @@ def forward_kernel(
                 width,
             )
             touches, column, row, fx, fy, left, right, top, bottom = footprint(x, y, height, width)
-            # A point off the map contributes zero even where its weight is NaN.
-            a = tl.where(touches, a, 0.0)
             if WIDE:
                 row = row.to(tl.int64)
             pixel = start + row * width + column
+            inside, touches = insides(touches, left, right, top, bottom, padding, pixel, width)
+            # A point that reads no pixel contributes zero even where its weight is NaN.
+            a = tl.where(touches, a, 0.0)
             lower = a * fy
             upper = a - lower
             for k in tl.static_range(4):
-                inside = is_inside(left, right, top, bottom, padding, pixel, width, k)
                 share_k = (upper if k < 2 else lower) * (fx if k % 2 == 1 else 1 - fx)
                 offset = tl.multiple_of(corner_of(pixel, width, k) * value_s, VEC)
-                v = load_row(plane, offset, inside, CHANNELS, WIDTH, CHUNKS, PACKED)
+                v = load_row(plane, offset, inside[k], CHANNELS, WIDTH, CHUNKS, PACKED)
                 sums = add_scaled(sums, share_k, v, TILES)
     out += first * CHANNELS
     store_row(out, r * (HEADS * CHANNELS), real, sums, CHANNELS, WIDTH, CHUNKS, PACKED)
@@ -577,24 +588,31 @@ def backward_kernel(
                 width,
             )
             touches, column, row, fx, fy, left, right, top, bottom = footprint(x, y, height, width)
-            a = tl.where(touches, a, 0.0)
             if WIDE:
                 row = row.to(tl.int64)
             pixel = start + row * width + column
+            inside, touches = insides(touches, left, right, top, bottom, padding, pixel, width)
+            a = tl.where(touches, a, 0.0)
             lower = a * fy
             upper = a - lower
             s = ()
             for k in tl.static_range(4):
-                inside = is_inside(left, right, top, bottom, padding, pixel, width, k)
                 corner = corner_of(pixel, width, k)
                 if NEED_DOTS:
                     offset = tl.multiple_of(corner * value_s, VEC)
-                    v = load_row(plane, offset, inside, CHANNELS, WIDTH, CHUNKS, False)
+                    v = load_row(plane, offset, inside[k], CHANNELS, WIDTH, CHUNKS, False)
                     s = s + (dot(g, v, CHUNKS),)
                 if NEED_VALUE:
                     share_k = (upper if k < 2 else lower) * (fx if k % 2 == 1 else 1 - fx)
                     add_to_row(
-                        grad_value, corner * stride_g, inside, share_k, g, CHANNELS, WIDTH, CHUNKS
+                        grad_value,
+                        corner * stride_g,
+                        inside[k],
+                        share_k,
+                        g,
+                        CHANNELS,
+                        WIDTH,
+                        CHUNKS,
                     )
             if NEED_DOTS:
                 top_sum = s[0] + fx * (s[1] - s[0])

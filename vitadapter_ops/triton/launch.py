@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 
+from .. import _checks
 from ..reference import compute_dtype
 from . import kernels, tuning
 
@@ -234,8 +235,11 @@ def _levels(
     """The level table as the kernels take it.
 
     Raises:
-        ValueError: a kernel would read beyond value.
+        ValueError: value is none that the kernels know, or one would read beyond it.
     """
+    _expect_dense("value", value)
+    _checks.rank("value", value, "B, S, M, D")
+    _checks.dtype("value", value, _checks.FLOATING)
     return _table(value.shape[1], tuple(spatial_shapes), tuple(level_start_index))
 
 
@@ -252,13 +256,20 @@ def _table(
     levels: tuple[int, ...] = ()
     for level, start in enumerate(level_start_index):
         height, width = spatial_shapes[2 * level], spatial_shapes[2 * level + 1]
-        if height < 1 or width < 1 or start < 0 or start + height * width > pixels:
+        if height < 1 or width < 1:
+            raise ValueError(f"spatial_shapes[{level}]: expected H, W >= 1, got {height, width}")
+        if start < 0 or start + height * width > pixels:
             raise ValueError(
-                f"level {level}: expected {height} x {width} pixels from {start} on to lie inside "
-                f"value.shape[1] = {pixels}"
+                f"level_start_index[{level}]: expected {height} x {width} pixels from it to lie "
+                f"inside value.shape[1] = {pixels}, got {start}"
             )
         levels += (height, width, start)
     return levels
+
+
+def _expect_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
 
 
 def _expect(
@@ -267,11 +278,13 @@ def _expect(
     """The last line of defence, for whoever calls a raw operator.
 
     Raises:
-        ValueError: shape, device or dtype is none that the kernels know.
+        ValueError: layout, shape, device or dtype is none that the kernels know.
     """
+    _expect_dense(name, tensor)
     if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != like.device:
+        kinds = dict.fromkeys(map(str, dtypes))
         raise ValueError(
-            f"{name}: expected {list(shape)} of {' or '.join(map(str, dtypes))} on {like.device}, "
+            f"{name}: expected {list(shape)} of {' or '.join(kinds)} on {like.device}, "
             f"got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )
 
@@ -388,21 +401,25 @@ _known: dict[Any, tuple[Callable[..., None], int, tuple[Any, ...]]] = {}
 _MOST_KNOWN = 4096
 
 
-def _key(tensors: Sequence[Tensor | None], *others: Any) -> tuple[Any, ...]:
-    """All that checks and launch depend on."""
-    return (
-        *others,
-        *(
-            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
-            for t in tensors
-        ),
-    )
+def _key(tensors: Sequence[Tensor | None], *others: Any) -> tuple[Any, ...] | None:
+    """All that checks and launch depend on; None for tensors without strides or an address."""
+    try:
+        return (
+            *others,
+            *(
+                None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+                for t in tensors
+            ),
+        )
+    except RuntimeError:
+        return None
 
 
 def _remember(
-    key: tuple[Any, ...], launched: tuple[Callable[..., None], int, tuple[Any, ...]] | None
+    key: tuple[Any, ...] | None,
+    launched: tuple[Callable[..., None], int, tuple[Any, ...]] | None,
 ) -> None:
-    if launched is not None:
+    if key is not None and launched is not None:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = launched
@@ -424,11 +441,13 @@ def _gradient_of_value(value: Tensor, needed: bool) -> Tensor:
 
 
 def _located(value: Tensor, levels: tuple[int, ...], locations: Tensor, weights: Tensor) -> _Points:
+    _checks.rank("sampling_locations", locations, "B, Q, M, L, P, 2")
     batch, _, heads, _ = value.shape
-    queries, points, count = weights.shape[1], weights.shape[-1], len(levels) // 3
+    queries, points, count = locations.shape[1], locations.shape[4], len(levels) // 3
     shape = (batch, queries, heads, count, points)
-    _expect("attention_weights", weights, shape, value, value.dtype, compute_dtype(value.dtype))
-    _expect("sampling_locations", locations, (*shape, 2), value, weights.dtype)
+    accepted = (value.dtype, compute_dtype(value.dtype))
+    _expect("sampling_locations", locations, (*shape, 2), value, *accepted)
+    _expect("attention_weights", weights, shape, value, locations.dtype)
     return _Points(locations, weights, (points,) * count)
 
 
@@ -507,14 +526,16 @@ def _from_offsets(
     padding_mask: Tensor | None,
     offset_scale: Tensor | None,
 ) -> _Points:
+    _checks.rank("sampling_offsets", sampling_offsets, "B, Q, M, K, 2")
+    _checks.rank("reference_points", reference_points, "B or 1, Q, L or 1, 2 or 4")
     batch, pixels, heads, _ = value.shape
     compute, count = compute_dtype(value.dtype), len(levels) // 3
     counts = tuple(points_per_level)
     if len(counts) != count or min(counts, default=0) < 0:
         raise ValueError(f"points_per_level: expected {count} numbers, got {list(counts)}")
-    shape = (batch, attention_logits.shape[1], heads, sum(counts))
-    _expect("attention_logits", attention_logits, shape, value, value.dtype, compute)
-    _expect("sampling_offsets", sampling_offsets, (*shape, 2), value, attention_logits.dtype)
+    shape = (batch, sampling_offsets.shape[1], heads, sum(counts))
+    _expect("sampling_offsets", sampling_offsets, (*shape, 2), value, value.dtype, compute)
+    _expect("attention_logits", attention_logits, shape, value, sampling_offsets.dtype)
     images, _, boxes, width = reference_points.shape
     if images not in (1, batch) or boxes not in (1, count) or width not in (2, 4):
         raise ValueError(
@@ -554,10 +575,11 @@ def forward_from_offsets(
     """`reference.ms_deform_attn_from_offsets` by a Triton kernel."""
     tensors = (value, sampling_offsets, attention_logits, reference_points, offset_scale)
     key = None
-    # What else would have to be copied is not looked up.
-    if padding_mask is None and reference_points.is_contiguous():
+    if padding_mask is None:
         levels_key = (*spatial_shapes, *level_start_index), tuple(points_per_level)
         key = _key(tensors, *levels_key, return_weights)
+    # What else would have to be copied is not looked up.
+    if key is not None and reference_points.is_contiguous():
         known = _known.get(key)
         if known is not None:
             batch, _, heads, channels = value.shape
@@ -587,7 +609,7 @@ def forward_from_offsets(
     out = value.new_empty(shape)
     outputs = (out, weights if return_weights else None)
     launched = _run(value, levels, points, (), outputs, None, return_weights)
-    if key is not None and points.reference is reference_points and points.scale is offset_scale:
+    if points.reference is reference_points and points.scale is offset_scale:
         _remember(key, launched)
     return out, weights
 
