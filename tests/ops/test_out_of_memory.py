@@ -186,7 +186,6 @@ def test_handlers_of_torchs_class_see_what_an_operator_raises(monkeypatch):
             value.clone().requires_grad_(), *levels, points, weights
         ),
     }
-    for name, call in calls.items():
+    for call in calls.values():
         with pytest.raises(torch.cuda.OutOfMemoryError, match="allocate"):
             call()
-            pytest.fail(name)
