@@ -4,55 +4,68 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Hashable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+# What is given as sizes: integers of Python or numpy, or tensors of no dimension.
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-_PAIRS = frozenset((tuple, list, torch.Size))
+_PLAIN = frozenset((tuple, list, torch.Size))
 
 
 def kind(
     tensors: Sequence[Tensor | None],
     spatial_shapes: SpatialShapes,
     level_start_index: Sequence[int] | Tensor | None,
-    *others: Hashable,
+    points_per_level: Sequence[int] | None,
+    backend: str,
 ) -> Hashable:
     """All that the checks of a call look at, for a call of the most usual form; otherwise None.
 
-    That is sizes as plain integers, and tensors of no class of their own. What passed the checks
-    once need not be checked again when it comes with the same kind.
+    That is sizes as lists or tuples of Python integers, and tensors of no class of their own. What
+    passed the checks once need not be checked again when it comes with the same kind. Iterates
+    over nothing that the checks themselves would not accept.
     """
-    parts = list(others)
-    try:
-        for pair in spatial_shapes:
-            if type(pair) not in _PAIRS:
-                return None
-            height, width = pair
-            # Not by their hash: 4.0 and True have that of an integer.
-            if type(height) is not int or type(width) is not int:
-                return None
-            parts += (height, width)
-        if level_start_index is not None:
-            parts.append(None)  # where sizes end
-            for start in level_start_index:
-                if type(start) is not int:
-                    return None
-                parts.append(start)
-    except (TypeError, ValueError):
+    if type(spatial_shapes) not in _PLAIN or type(backend) is not str:
         return None
-    for tensor in tensors:
-        if tensor is None:
-            parts.append(None)
-        elif type(tensor) is Tensor:
-            parts += (tensor.shape, tensor.dtype, tensor.device)
-        else:
+    parts: list[Hashable] = [backend]
+    for pair in spatial_shapes:
+        if type(pair) not in _PLAIN or len(pair) != 2:
             return None
+        height, width = pair
+        # Not by their hash: 4.0 and True have that of an integer.
+        if type(height) is not int or type(width) is not int:
+            return None
+        parts += (height, width)
+    for integers in (level_start_index, points_per_level):
+        parts.append(None)  # where sizes end
+        if integers is None:
+            continue
+        if type(integers) not in _PLAIN:
+            return None
+        for integer in integers:
+            if type(integer) is not int:
+                return None
+            parts.append(integer)
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                parts.append(None)
+            elif type(tensor) is Tensor:
+                parts += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+            else:
+                return None
+    except RuntimeError:  # nested tensors have no shape
+        return None
     return tuple(parts)
 
 
@@ -61,9 +74,16 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def is_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a tensor."""
+    """Raises TypeError unless `value` is a tensor, ValueError unless it is a dense one."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_described(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense tensor, got one of layout {layout}")
+
+
+def _described(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def rank(name: str, tensor: Tensor, layout: str) -> None:
@@ -97,11 +117,105 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], source: str) -> No
         )
 
 
-def _integers(name: str, values: Sequence[object]) -> list[int]:
-    for value in values:
-        if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-            raise ValueError(f"{name}: expected integers, got {value!r}")
-    return list(values)  # type: ignore[arg-type]
+def _sequence(name: str, value: Any, expected: str) -> list[Any]:
+    """The entries of a sequence, of an array of numpy or of a tensor.
+
+    Raises:
+        TypeError: it is something else. What can be iterated over only once, or has no order, is
+            refused: it may not mean the same at the next call.
+        ValueError: a tensor or array that holds no integers, or none that can be read.
+    """
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
+        if isinstance(value, Tensor):
+            is_tensor(name, value)
+            if value.device.type == "meta":
+                raise ValueError(f"{name}: expected a tensor whose numbers can be read, got meta")
+            integers = not (value.is_floating_point() or value.is_complex())
+            integers = integers and value.dtype != torch.bool
+        else:
+            integers = value.dtype.kind in "iu"
+        if not integers:
+            raise ValueError(f"{name}: expected integers, got {value.dtype}")
+        entries: list[Any] = value.tolist()
+        return entries
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        got = _described(value)
+        if isinstance(value, Tensor | np.ndarray):
+            got += " without a dimension"
+        raise TypeError(f"{name}: expected {expected}, got {got}")
+    return list(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    """A Python integer; one that a graph computes stays what it is.
+
+    Raises:
+        ValueError: not an integer.
+    """
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, Tensor):
+        # What tracing takes from a shape is a tensor.
+        if value.ndim == 0 and value.dtype in _INTEGERS and value.device.type != "meta":
+            return int(value.item())
+    elif not isinstance(value, bool | np.bool_):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{name}: expected integers, got {value!r}")
+
+
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+def integers(name: str, values: Any, expected: str = "a sequence of integers") -> list[int]:
+    """Integers from a sequence, an array of numpy or a tensor [N].
+
+    Raises:
+        TypeError: none of these.
+        ValueError: an entry is no integer.
+    """
+    return [_integer(name, value) for value in _sequence(name, values, expected)]
+
+
+def pairs(spatial_shapes: Any, name: str = "spatial_shapes") -> list[tuple[int, int]]:
+    """(H, W) of each level as Python integers.
+
+    Args:
+        spatial_shapes: a sequence of pairs, or a tensor or array of numpy [L, 2]. A tensor is read
+            back to the host: one synchronisation when it lies on a GPU. A pair may be a sequence,
+            tensor or array, a side also a tensor without a dimension or an integer of numpy.
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError: something else.
+        ValueError: not pairs, or not of integers.
+    """
+    if isinstance(spatial_shapes, Tensor):
+        is_tensor(name, spatial_shapes)
+    table = isinstance(spatial_shapes, Tensor | np.ndarray) and spatial_shapes.ndim > 0
+    if table and (spatial_shapes.ndim != 2 or spatial_shapes.shape[1] != 2):
+        raise ValueError(
+            f"{name}: expected a tensor [L, 2], got shape {list(spatial_shapes.shape)}"
+        )
+    sizes = []
+    for level, row in enumerate(
+        _sequence(name, spatial_shapes, "(H, W) of each level, or a tensor [L, 2]")
+    ):
+        here = f"{name}[{level}]"
+        whole = isinstance(row, Sequence | Tensor | np.ndarray) and not isinstance(row, str)
+        if not whole or (isinstance(row, Tensor | np.ndarray) and row.ndim != 1) or len(row) != 2:
+            raise ValueError(f"{here}: expected (H, W), got {row!r}")
+        height, width = integers(here, row)
+        sizes.append((height, width))
+    return sizes
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, tuple | list) and any(map(_holds_tensor, value))
+    )
 
 
 def _holds(condition: bool, traced: bool) -> bool:
@@ -116,39 +230,36 @@ def levels(
     spatial_shapes: SpatialShapes,
     level_start_index: Sequence[int] | Tensor | None,
     pixels: int,
+    names: tuple[str, str] = ("spatial_shapes", "level_start_index"),
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Checks the level table and returns it as Python integers: (H, W) and first pixel of each.
 
     A tensor is read back to the host: one synchronisation when it lies on a GPU. A compiled graph
     that holds the reading asserts the same when it runs, with a RuntimeError.
 
+    Args:
+        spatial_shapes: as `pairs` takes it.
+        level_start_index: L integers as `integers` takes them; None: one level after the other.
+        pixels: of value.
+        names: of the first two, for errors.
+
     Raises:
+        TypeError: one of them is no sequence and no tensor.
         ValueError: the levels do not fill, or do not lie inside, the `pixels` of value.
     """
-    traced = False
-    if isinstance(spatial_shapes, Tensor):
-        if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
+    shapes_name, starts_name = names
+    compiling = torch.compiler.is_compiling()
+    traced = compiling and _holds_tensor(spatial_shapes)
+    sizes = pairs(spatial_shapes, shapes_name)
+    if not sizes:
+        raise ValueError(f"{shapes_name}: expected at least one level, got none")
+    # A graph can not have one form for levels with pixels and another for those without.
+    least = 1 if traced else 0
+    for level, (height, width) in enumerate(sizes):
+        if not (_holds(height >= least, traced) and _holds(width >= least, traced)):
             raise ValueError(
-                f"spatial_shapes: expected a tensor [L, 2], got shape {list(spatial_shapes.shape)}"
+                f"{shapes_name}[{level}]: expected H, W >= {least}, got {(height, width)}"
             )
-        if spatial_shapes.is_floating_point():
-            raise ValueError(f"spatial_shapes: expected integers, got {spatial_shapes.dtype}")
-        traced = torch.compiler.is_compiling()
-        rows = spatial_shapes.tolist()
-    else:
-        rows = list(spatial_shapes)
-    if not rows:
-        raise ValueError("spatial_shapes: expected at least one level, got none")
-
-    sizes: list[tuple[int, int]] = []
-    for level, row in enumerate(rows):
-        pair = tuple(row) if isinstance(row, Sequence) else row
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise ValueError(f"spatial_shapes[{level}]: expected (H, W), got {row!r}")
-        height, width = _integers(f"spatial_shapes[{level}]", pair)
-        if not (_holds(height >= 1, traced) and _holds(width >= 1, traced)):
-            raise ValueError(f"spatial_shapes[{level}]: expected H, W >= 1, got {pair}")
-        sizes.append((height, width))
 
     if level_start_index is None:
         starts, total = [], 0
@@ -157,25 +268,22 @@ def levels(
             total = total + height * width
         if not _holds(total == pixels, traced):
             raise ValueError(
-                f"spatial_shapes: expected levels with {pixels} pixels in all "
+                f"{shapes_name}: expected levels with {pixels} pixels in all "
                 f"(value.shape[1]), got {total} from {sizes}"
             )
         return sizes, starts
 
-    if isinstance(level_start_index, Tensor):
-        traced = traced or torch.compiler.is_compiling()
-        level_start_index = level_start_index.tolist()
-    starts = _integers("level_start_index", list(level_start_index))
+    traced = traced or (compiling and _holds_tensor(level_start_index))
+    starts = integers(starts_name, level_start_index)
     if len(starts) != len(sizes):
         raise ValueError(
-            f"level_start_index: expected {len(sizes)} entries (from spatial_shapes), "
-            f"got {len(starts)}"
+            f"{starts_name}: expected {len(sizes)} entries (from {shapes_name}), got {len(starts)}"
         )
     for level, (start, (height, width)) in enumerate(zip(starts, sizes, strict=True)):
         inside = _holds(start >= 0, traced) and _holds(start + height * width <= pixels, traced)
         if not inside:
             raise ValueError(
-                f"level_start_index[{level}]: expected {height} x {width} pixels from it to lie "
+                f"{starts_name}[{level}]: expected {height} x {width} pixels from it to lie "
                 f"inside value.shape[1] = {pixels}, got {start}"
             )
     return sizes, starts
@@ -261,7 +369,7 @@ def points_per_level(points: Sequence[int] | None, levels: int, total: int) -> l
                 f"level of spatial_shapes; points_per_level gives unequal ones), got {total}"
             )
         return [total // levels] * levels
-    counts = _integers("points_per_level", list(points))
+    counts = integers("points_per_level", points, f"{levels} integers or None")
     if len(counts) != levels or any(count < 0 for count in counts) or sum(counts) != total:
         raise ValueError(
             f"points_per_level: expected {levels} numbers (one for each level of spatial_shapes) "
@@ -328,15 +436,23 @@ def offset_scale(scale: object, points: Tensor, total: int, compute: torch.dtype
             f"pixels), got {scale if not isinstance(scale, Tensor) else 'a tensor'}"
         )
     if isinstance(scale, Tensor):
+        is_tensor("offset_scale", scale)
         dtype("offset_scale", scale, FLOATING)
         device("offset_scale", scale, points.device, "value")
         shape("offset_scale", scale, (total,), "one for each point of sampling_offsets")
         return scale.detach().to(compute)
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(
             f"offset_scale: expected a number, a torch.Tensor or None, got {type(scale).__name__}"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"offset_scale: expected a finite number, got {scale}")
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(
+            "offset_scale: expected a finite number, got "
+            + (str(scale) if isinstance(scale, float) else "one too large for a float")
+        )
     # Filled on the device: a tensor made from Python numbers would be copied from the host.
-    return torch.full((total,), float(scale), dtype=compute, device=points.device)
+    return torch.full((total,), number, dtype=compute, device=points.device)

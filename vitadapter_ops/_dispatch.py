@@ -93,13 +93,15 @@ def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) 
         BackendUnavailable: the backend that was asked for cannot run.
     """
     call = Call(op, device, dtype, levels)
-    chosen = _chosen.get((backend, call))
+    chosen = _chosen.get((backend, call)) if isinstance(backend, str) else None
     if chosen is None:
         chosen = _chosen[backend, call] = op + _find(backend, call).suffix
     return chosen
 
 
 def _find(backend: str, call: Call) -> Backend:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
     if backend == "auto":
         return next(
             candidate
@@ -146,10 +148,13 @@ def explain_backend(
         op: "ms_deform_attn" or "ms_deform_attn_from_offsets".
 
     Raises:
+        TypeError: dtype is none.
         ValueError: no operator has this name.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     call = Call(op, torch.device(device).type, dtype)
     chosen = _find("auto", call)
     lines = [f"{op} on {call.device}, {str(dtype).removeprefix('torch.')}:"]

@@ -6,6 +6,10 @@ kernels when a library is loaded, and until then (or on any other device) the re
 `<name>_reference` has the same contract and is always the reference, so that it can be asked for by
 name; `<name>_triton` is triton/operators.py.
 
+Their autograd kernels have first-order reverse mode by the backward operators. Where torch wants
+more, that is under torch.func's transforms and in forward mode, they call the reference, which
+torch differentiates as it does any other torch code.
+
 `caller` gives the way to each, and a short one for plain calls.
 """
 
@@ -17,7 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, impl, register_autograd, register_fake
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+from torch.library import Library, impl, register_fake
 
 from . import reference
 
@@ -43,14 +49,6 @@ def _fake_out(value: Tensor, queries: int) -> Tensor:
     return value.new_empty((batch, queries, heads * channels))
 
 
-def no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    """The gradient of every backward operator: an error."""
-    raise NotImplementedError(
-        "ms_deform_attn: second-order gradients are not implemented; differentiate once, "
-        "or use create_graph=False"
-    )
-
-
 class Contract(NamedTuple):
     """What every implementation of an operator has in common.
 
@@ -58,22 +56,33 @@ class Contract(NamedTuple):
         name: of the operator.
         schema: arguments and results of the operator and of its backward.
         fakes: shapes and dtypes of the results of both.
+        definition: computes the same in torch's own operators.
         setup_context: saves what the backward needs.
-        backward: (ctx, the backward operator, gradients of the results) -> gradients of the inputs.
+        backward: (ctx, which inputs need a gradient, the backward operator, gradients of the
+            results) -> gradients of the inputs.
     """
 
     name: str
     schema: tuple[str, str]
     fakes: tuple[Callable[..., Any], Callable[..., Any]]
+    definition: Callable[..., Any]
     setup_context: Callable[..., None]
-    backward: Callable[[Any, Any, Any], Any]
+    backward: Callable[[Any, tuple[bool, ...], Any, Any], Any]
 
-    def differentiate(self, op: str) -> Callable[..., Any]:
-        """The gradients of the implementation that is called `op`."""
+    def function(self, op: str) -> type[torch.autograd.Function]:
+        """The implementation `op`, differentiable.
+
+        Its first argument computes the result from the others, which are the operator's.
+        """
 
         ops = torch.ops.vitadapter_ops
         backward = getattr(ops, f"{op}_backward").default
         short = functools.partial(_below_autograd, backward)
+
+        def forward(ctx: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+            result = below(*arguments)
+            self.setup_context(ctx, arguments, result)
+            return result
 
         def gradients(ctx: Any, *grads: Tensor | None) -> Any:
             # With create_graph, autograd has to see the call, to refuse its gradient.
@@ -82,9 +91,10 @@ class Contract(NamedTuple):
                 # Not asked of a saved tensor: activation checkpointing lets them be asked for once.
                 given = next(grad for grad in grads if grad is not None)
                 chosen = getattr(ops, deterministic_backward(self.name, op, given)).default
-            return self.backward(ctx, chosen, grads)
+            return None, *self.backward(ctx, ctx.needs_input_grad[1:], chosen, grads)
 
-        return gradients
+        members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        return type(f"{op}_function", (torch.autograd.Function,), members)
 
 
 def deterministic_backward(name: str, op: str, grad: Tensor) -> str:
@@ -108,14 +118,34 @@ def is_plain() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
     )
+
+
+def is_differentiated_by_torch(*arguments: Any) -> bool:
+    """Whether gradients go another way than through autograd's graph and a backward operator.
+
+    That is under torch.func's transforms that differentiate, and where an argument has a tangent.
+    """
+    if torch._C._are_functorch_transforms_active():
+        kinds = {each.key() for each in get_interpreter_stack() or ()}
+        if kinds & {TransformType.Grad, TransformType.Jvp}:
+            return True
+    return forward_ad._current_level >= 0 and any(map(_has_tangent, arguments))
+
+
+def _has_tangent(argument: Any) -> bool:
+    if not isinstance(argument, Tensor):
+        return False
+    dual: Any = forward_ad.unpack_dual(argument)  # type: ignore[no-untyped-call]
+    return dual.tangent is not None
 
 
 def _below_autograd(op: Any, *arguments: Any) -> Any:
     """Calls an operator that no gradient is wanted of.
 
-    Its autograd kernel is Python (register_autograd) and takes as long as all the rest of a call,
-    only to find out the same.
+    Its autograd kernel is Python and takes as long as all the rest of a call, only to find out the
+    same.
     """
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
@@ -129,31 +159,24 @@ def caller(op: str, plain: bool) -> Callable[..., Any]:
     return _eager[op] if plain else getattr(torch.ops.vitadapter_ops, op)
 
 
+def _is_recorded(arguments: tuple[Any, ...]) -> bool:
+    """Whether autograd has to know of a call."""
+    if torch.is_grad_enabled():
+        for each in arguments:
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
+    return False
+
+
 def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
-    """The operator `name` for plain calls.
-
-    What torch.library makes of a contract is an autograd.Function behind the dispatcher; this is
-    one before it.
-    """
+    """The operator `name` for plain calls: its autograd kernel before the dispatcher."""
     op = getattr(torch.ops.vitadapter_ops, name).default
-
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            result = op(*arguments)
-        contract.setup_context(ctx, arguments, result)
-        return result
-
-    members = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(contract.differentiate(name)),
-    }
-    differentiable: Any = type(f"{name}_eager", (torch.autograd.Function,), members)
+    below = functools.partial(_below_autograd, op)
+    differentiable: Any = contract.function(name)
 
     def shortened(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
-            for each in arguments:
-                if isinstance(each, Tensor) and each.requires_grad:
-                    return differentiable.apply(*arguments)
+        if _is_recorded(arguments):
+            return differentiable.apply(below, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
@@ -171,9 +194,57 @@ def _register_one(
     register_fake(f"vitadapter_ops::{op}", fake, lib=LIB)
 
 
+def _register_autograd(op: str, function: Any, transformed: Callable[..., Any]) -> None:
+    """Registers the autograd kernel of an operator.
+
+    torch.library.register_autograd would give one that drops tangents without a word, and fails
+    under torch.func.
+
+    Args:
+        op: its name.
+        function: an autograd.Function whose first argument calls what lies below autograd; the
+            others are the operator's.
+        transformed: what is called instead where torch is to differentiate.
+    """
+    overload = getattr(torch.ops.vitadapter_ops, op).default
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if is_differentiated_by_torch(*arguments):
+            return transformed(*arguments)
+
+        def below(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        if _is_recorded(arguments):
+            return function.apply(below, *arguments)
+        return below(*arguments)
+
+    LIB.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+class _Backward(torch.autograd.Function):
+    """A backward operator, which has no gradient itself."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+        return below(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse_second_order()
+
+
+def _refuse_second_order(*arguments: Any) -> None:
+    raise NotImplementedError(
+        "ms_deform_attn: second-order gradients are not implemented; differentiate once, or use "
+        "create_graph=False; for a tangent of a gradient, torch.func.jvp of torch.func.grad"
+    )
+
+
 def _register_backward(op: str, contract: Contract, kernel: Callable[..., Any]) -> None:
     _register_one(op, contract.schema[1], kernel, contract.fakes[1])
-    register_autograd(f"vitadapter_ops::{op}", no_double_backward, lib=LIB)
+    _register_autograd(op, _Backward, _refuse_second_order)
 
 
 def register(
@@ -188,12 +259,7 @@ def register(
     """
     _register_one(op, contract.schema[0], kernels[0], contract.fakes[0])
     _register_backward(f"{op}_backward", contract, kernels[1])
-    register_autograd(
-        f"vitadapter_ops::{op}",
-        contract.differentiate(op),
-        setup_context=contract.setup_context,
-        lib=LIB,
-    )
+    _register_autograd(op, contract.function(op), contract.definition)
     _eager[op] = _shortened(op, contract)
 
 
@@ -249,8 +315,10 @@ def _save_located(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(value, sampling_locations, attention_weights)
 
 
-def _located_gradients(ctx: Any, op: Any, grads: tuple[Tensor]) -> tuple[Tensor | None, ...]:
-    need_value, _, _, *need_points = ctx.needs_input_grad
+def _located_gradients(
+    ctx: Any, needs: tuple[bool, ...], op: Any, grads: tuple[Tensor]
+) -> tuple[Tensor | None, ...]:
+    need_value, _, _, *need_points = needs
     value, *points = ctx.saved_tensors
     grad_value, *grad_points = op(
         *grads,
@@ -273,6 +341,7 @@ MS_DEFORM_ATTN = _define(
             "bool need_weights) -> (Tensor, Tensor, Tensor)",
         ),
         (_fake_located, _fake_located_backward),
+        reference.ms_deform_attn,
         _save_located,
         _located_gradients,
     ),
@@ -333,10 +402,10 @@ def _save_offsets(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _offsets_gradients(
-    ctx: Any, op: Any, grads: tuple[Tensor | None, Tensor | None]
+    ctx: Any, needs: tuple[bool, ...], op: Any, grads: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     value, *tensors = ctx.saved_tensors
-    need_value, need_points = ctx.needs_input_grad[0], ctx.needs_input_grad[4:7]
+    need_value, need_points = needs[0], needs[4:7]
     grad_output, grad_weights = grads
     if grad_output is None:  # only the weights were used
         grad_output = _fake_out(value, tensors[1].shape[1]).zero_()
@@ -367,6 +436,7 @@ MS_DEFORM_ATTN_FROM_OFFSETS = _define(
             "-> (Tensor, Tensor, Tensor, Tensor)",
         ),
         (_fake_from_offsets, _fake_from_offsets_backward),
+        reference.ms_deform_attn_from_offsets,
         _save_offsets,
         _offsets_gradients,
     ),

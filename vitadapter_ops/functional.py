@@ -19,6 +19,7 @@ class _Plan(NamedTuple):
     call: Callable[..., Any]  # the operator
     levels: tuple[list[int], ...]  # its arguments that describe the levels
     dtype: torch.dtype  # of the points
+    grown: bool = False  # value, and the mask over it, get a pixel more
 
 
 # By kind of call. Checks and the choice of a backend take three times as long as a look-up.
@@ -32,8 +33,38 @@ def _remember(kind: Hashable, plan: _Plan) -> None:
     _plans[kind] = plan
 
 
-def _flat(sizes: list[tuple[int, int]]) -> list[int]:
-    return [side for size in sizes for side in size]
+def _level_table(
+    sizes: list[tuple[int, int]], starts: list[int], pixels: int
+) -> tuple[list[int], list[int], bool]:
+    """The operators' spatial_shapes and level_start_index, and whether value has to grow.
+
+    Kernels need a pixel on every level. One without gets a pixel of zeros behind all others: its
+    points contribute nothing and get a gradient of zero.
+    """
+    empty = [height * width == 0 for height, width in sizes]
+    if any(empty):
+        sizes = [(1, 1) if none else size for none, size in zip(empty, sizes, strict=True)]
+        starts = [pixels if none else start for none, start in zip(empty, starts, strict=True)]
+    return [side for size in sizes for side in size], starts, any(empty)
+
+
+def _grown(value: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Both with a pixel of zeros more."""
+    value = torch.nn.functional.pad(value, (0, 0, 0, 0, 0, 1))
+    if padding_mask is not None:
+        padding_mask = torch.nn.functional.pad(padding_mask, (0, 1))
+    return value, padding_mask
+
+
+def _only_reference(plain: bool, backend: str, *tensors: Tensor) -> None:
+    """Raises BackendUnavailable where a kernel is asked for, and torch is to differentiate."""
+    if plain or backend in ("auto", "reference"):
+        return
+    if _ops.is_differentiated_by_torch(*tensors):
+        raise _dispatch.BackendUnavailable(
+            f"backend {backend!r} cannot run: under torch.func's derivatives and in forward mode "
+            "only 'reference' can, which 'auto' takes"
+        )
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -60,14 +91,17 @@ def ms_deform_attn(
     The centre of pixel (i, j) is at ((j + 0.5) / W, (i + 0.5) / H) and the map is zero outside, as
     in `grid_sample(align_corners=False, padding_mode="zeros")`. A location that is not finite
     contributes zero and gets a zero gradient. Arithmetic is fp32, or fp64 for fp64. Differentiable
-    once in value, locations and weights; gradients that are not required are not computed. Bitwise
-    repeatable under `torch.use_deterministic_algorithms(True)`, and always on a CPU.
+    once in value, locations and weights; gradients that are not required are not computed. Under
+    torch.func's transforms and in forward mode the reference computes, and torch differentiates it,
+    as often as asked for. Bitwise repeatable under `torch.use_deterministic_algorithms(True)`, and
+    always on a CPU.
 
     Args:
         value: [B, S, M, D], float64, float32, float16 or bfloat16; levels concatenated along S,
             each row by row.
-        spatial_shapes: (H, W) of each level in pixels. A tensor [L, 2] works too, at the cost of
-            reading it back to the host: one synchronisation per call when it lies on a GPU.
+        spatial_shapes: (H, W) of each level in pixels, a sequence; integers may be numpy's, or
+            tensors without a dimension. A tensor [L, 2] works too, at the cost of reading it back
+            to the host: one synchronisation per call when it lies on a GPU.
         sampling_locations: [B, Q, M, L, P, 2], (x, y) as fractions of the level's width and height,
             any value. dtype of value, or float32.
         attention_weights: [B, Q, M, L, P], dtype of value, or float32. Not normalised here.
@@ -79,15 +113,16 @@ def ms_deform_attn(
         [B, Q, M * D], dtype of value.
 
     Raises:
+        TypeError: an argument that should be a tensor, a sequence or a name is none.
         ValueError: ranks, shapes, dtypes or devices disagree, or no backend has this name; the
             message names the argument, what was expected and what came.
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
-        NotImplementedError: second-order gradients were asked for.
+        NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
     kind = None
     if _ops.is_plain():
         tensors = (value, sampling_locations, attention_weights)
-        kind = _checks.kind(tensors, spatial_shapes, level_start_index, backend)
+        kind = _checks.kind(tensors, spatial_shapes, level_start_index, None, backend)
     plan = None if kind is None else _plans.get(kind)
     if plan is None:
         plan = _plan(
@@ -101,6 +136,8 @@ def ms_deform_attn(
         )
         if kind is not None:
             _remember(kind, plan)
+    if plan.grown:
+        value, _ = _grown(value)
     return plan.call(
         value,
         *plan.levels,
@@ -130,7 +167,9 @@ def _plan(
     if value.dtype == torch.float64:
         widest = torch.float64
     op = _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes))
-    return _Plan(_ops.caller(op, plain), (_flat(sizes), starts), widest)
+    _only_reference(plain, backend, value, sampling_locations, attention_weights)
+    flat, starts, grown = _level_table(sizes, starts, value.shape[1])
+    return _Plan(_ops.caller(op, plain), (flat, starts), widest, grown)
 
 
 def ms_deform_attn_from_offsets(
@@ -175,11 +214,13 @@ def ms_deform_attn_from_offsets(
         level_start_index: first pixel of each level along S; None: one level after the other.
         padding_mask: [B, S] bool, True where value is padding: it reads as zero, whatever is
             stored, and gets no gradient.
-        points_per_level: how many of the K points belong to each level, L integers; None: K / L.
+        points_per_level: how many of the K points belong to each level, a sequence of L integers;
+            None: K / L.
         offset_scale: for boxes only: the share of a box's width and height that an offset of 1
-            stands for; one number, or a tensor [K] on value's device with one for each point, which
-            gets no gradient. None: 0.5 / P_l with P_l the level's points, as in Deformable DETR and
-            RT-DETRv2.
+            stands for; one finite number, or a tensor [K] on value's device with one for each
+            point, which gets no gradient. None: 0.5 / P_l with P_l the level's points, as in
+            Deformable DETR and RT-DETRv2. A negative one mirrors the offset. A tensor's entries are
+            not read by the host: a point with one that is not finite contributes zero.
         return_weights: also return the attention weights; gradients flow through them.
         backend: "auto" takes the first that can run of "cuda", "triton", "cpu", "reference".
 
@@ -188,21 +229,23 @@ def ms_deform_attn_from_offsets(
         [B, Q, M, K] in the dtype of attention_logits.
 
     Raises:
-        TypeError: an argument that should be a tensor is none.
+        TypeError: an argument that should be a tensor, a sequence or a name is none.
         ValueError: ranks, shapes, dtypes or devices disagree, points_per_level does not add up to
             K, offset_scale is given without boxes, or no backend has this name; the message names
             the argument, what was expected and what came.
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
-        NotImplementedError: second-order gradients were asked for.
+        NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
+    if not isinstance(return_weights, bool):
+        raise TypeError(f"return_weights: expected a bool, got {type(return_weights).__name__}")
     kind = None
-    if _ops.is_plain() and (points_per_level is None or set(map(type, points_per_level)) == {int}):
+    if _ops.is_plain():
         kind = _checks.kind(
             (value, reference_points, sampling_offsets, attention_logits, padding_mask),
             spatial_shapes,
             level_start_index,
+            points_per_level,
             backend,
-            None if points_per_level is None else tuple(points_per_level),
         )
     plan = None if kind is None else _plans.get(kind)
     if plan is None:
@@ -224,6 +267,8 @@ def ms_deform_attn_from_offsets(
     if offset_scale is not None:
         total = sampling_offsets.shape[3]
         offset_scale = _checks.offset_scale(offset_scale, reference_points, total, compute)
+    if plan.grown:
+        value, padding_mask = _grown(value, padding_mask)
     out, weights = plan.call(
         value,
         *plan.levels,
@@ -277,4 +322,6 @@ def _plan_from_offsets(
     op = _dispatch.choose(
         backend, "ms_deform_attn_from_offsets", value.device.type, value.dtype, len(sizes)
     )
-    return _Plan(_ops.caller(op, plain), (_flat(sizes), starts, counts), dtype)
+    _only_reference(plain, backend, value, reference_points, sampling_offsets, attention_logits)
+    flat, starts, grown = _level_table(sizes, starts, pixels)
+    return _Plan(_ops.caller(op, plain), (flat, starts, counts), dtype, grown)

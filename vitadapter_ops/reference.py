@@ -2,9 +2,10 @@
 """Multi-scale deformable attention in plain torch: the definition every backend is tested against.
 
 It runs wherever torch runs, for any supported dtype, and is written for clarity first. Arithmetic
-is done in fp32 (fp64 for fp64) whatever the storage, as in every other backend. The backward pass
-is written out by hand because autograd is off inside a custom operator; a test compares it with
-autograd through the forward.
+is done in fp32 (fp64 for fp64) whatever the storage, as in every other backend. The forward changes
+nothing in place, so that torch can differentiate and transform it (torch.func, forward mode). The
+backward pass is written out by hand because autograd is off inside a custom operator; a test
+compares it with autograd through the forward.
 
 Both operators come down to the same step: sampling points with a position in pixels and a weight.
 `ms_deform_attn` is given them almost ready, `ms_deform_attn_from_offsets` computes them.
@@ -93,16 +94,16 @@ def _sample(
     if value.numel() > 0 and queries > 0:
         rows = value.reshape(-1, channels).to(compute)
         for level in levels:
-            sample = out.new_zeros((*level.x.shape, channels))
+            sample = out.new_zeros(())
             touches = torch.zeros_like(level.x, dtype=torch.bool)
             for corner in _corners(level, pixels, padding_mask):
-                sample += corner.weight.unsqueeze(-1) * _read(rows, corner)
-                touches |= corner.exists
+                sample = sample + corner.weight.unsqueeze(-1) * _read(rows, corner)
+                touches = touches | corner.exists
             # A point off the map contributes zero even where its weight is NaN.
             weight = level.weight.masked_fill(~touches, 0)
             # Point after point: the order that the fp64 kernels keep, to the last bit.
             for point in range(weight.shape[3]):
-                out += weight[..., point, None] * sample[..., point, :]
+                out = out + weight[..., point, None] * sample[..., point, :]
     return out.to(value.dtype).view(batch, queries, heads * channels)
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: an error that names the argument, what was expected and what came."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from vitadapter_ops import (
     BackendUnavailable,
     MSDeformAttn,
     explain_backend,
+    functional,
     ms_deform_attn,
     ms_deform_attn_from_offsets,
 )
@@ -68,9 +72,9 @@ BAD = {
         r"spatial_shapes: expected levels with 30 pixels in all \(value.shape\[1\]\), got 28",
     ),
     "no levels": ({"spatial_shapes": []}, r"spatial_shapes: expected at least one level"),
-    "a level without height": (
-        {"spatial_shapes": [(0, 6), (5, 6)]},
-        r"spatial_shapes\[0\]: expected H, W >= 1, got \(0, 6\)",
+    "a level of negative height": (
+        {"spatial_shapes": [(-1, 6), (6, 6)]},
+        r"spatial_shapes\[0\]: expected H, W >= 0, got \(-1, 6\)",
     ),
     "a level of floats": (
         {"spatial_shapes": [(4.0, 6.0), (2, 3)]},
@@ -120,6 +124,30 @@ BAD = {
         {"attention_weights": lambda t: t.to("meta")},
         r"attention_weights: expected device cpu \(from value\), got meta",
     ),
+    "a sparse value": (
+        {"value": lambda v: v.to_sparse()},
+        r"value: expected a dense tensor, got one of layout sparse_coo",
+    ),
+    "sparse weights": (
+        {"attention_weights": lambda t: t.to_sparse()},
+        r"attention_weights: expected a dense tensor, got one of layout sparse_coo",
+    ),
+    "nested weights": (
+        {"attention_weights": torch.nested.nested_tensor([torch.zeros(7, 3), torch.zeros(5, 3)])},
+        r"attention_weights: expected a dense tensor, got one of layout nested",
+    ),
+    "a quantised value": (
+        {"value": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.quint8)},
+        r"value: expected dtype float64, float32, float16, bfloat16, got quint8",
+    ),
+    "complex locations": (
+        {"sampling_locations": lambda t: t.to(torch.complex64)},
+        r"sampling_locations: expected dtype float32 .* got complex64",
+    ),
+    "value on another device than the rest": (
+        {"value": lambda v: v.to("meta")},
+        r"sampling_locations: expected device meta \(from value\), got cpu",
+    ),
     "no heads": (
         {"value": lambda v: v[:, :, :0], "sampling_locations": lambda t: t[:, :, :0]},
         r"value: expected M, D >= 1, got shape \[2, 30, 0, 8\]",
@@ -142,9 +170,38 @@ def test_good_input_passes():
     assert call().shape == (2, 7, 24)
 
 
-def test_a_list_is_not_a_tensor():
-    with pytest.raises(TypeError, match=r"value: expected a torch.Tensor, got list"):
-        call(value=[1.0])
+KNOWN = {"fresh": functional._plans.clear, "after the same call": lambda: None}
+
+
+@pytest.mark.parametrize("known", KNOWN)
+@pytest.mark.parametrize("name", ["value", "sampling_locations", "attention_weights"])
+@pytest.mark.parametrize(("what", "got"), [([1.0], "list"), (None, "None"), (1.0, "float")])
+def test_what_is_no_tensor(name, what, got, known):
+    call()
+    KNOWN[known]()
+    with pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor, got {got}"):
+        call(**{name: what})
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_a_sparse_tensor_is_refused_whatever_was_called_before(known):
+    call()
+    KNOWN[known]()
+    with pytest.raises(ValueError, match=r"^sampling_locations: expected a dense tensor"):
+        call(sampling_locations=lambda t: t.to_sparse())
+
+
+@pytest.mark.parametrize("flag", [None, 1, "yes", torch.tensor(True)])
+def test_return_weights_that_is_no_bool(flag):
+    with pytest.raises(TypeError, match=r"^return_weights: expected a bool, got \w+"):
+        call_from_offsets(return_weights=flag)
+
+
+@pytest.mark.parametrize("backend", [["cpu"], None, 3, ("cpu",), {"cpu"}, b"cpu", np.zeros(2)])
+def test_a_backend_that_is_no_name(backend):
+    for function in (call, call_from_offsets):
+        with pytest.raises(TypeError, match=r"^backend: expected a str, got \w+"):
+            function(backend=backend)
 
 
 def test_backend_that_cannot_run_says_why():
@@ -275,6 +332,30 @@ BAD_OFFSETS = {
         {"offset_scale": float("nan")},
         r"offset_scale: expected a finite number, got nan",
     ),
+    "a scale beyond floats": (
+        {"offset_scale": 10**400},
+        r"offset_scale: expected a finite number, got one too large for a float",
+    ),
+    "an integer too long to print": (
+        {"offset_scale": 10**5000},
+        r"offset_scale: expected a finite number, got one too large for a float",
+    ),
+    "a sparse scale": (
+        {"offset_scale": torch.ones(8).to_sparse()},
+        r"offset_scale: expected a dense tensor",
+    ),
+    "a sparse mask": (
+        {"padding_mask": lambda m: m.to_sparse()},
+        r"padding_mask: expected a dense tensor",
+    ),
+    "a scale on another device": (
+        {"offset_scale": torch.ones(8, device="meta")},
+        r"offset_scale: expected device cpu \(from value\), got meta",
+    ),
+    "a mask on another device": (
+        {"padding_mask": lambda m: m.to("meta")},
+        r"padding_mask: expected device cpu \(from value\), got meta",
+    ),
     "unknown backend": ({"backend": "gpu"}, r"backend: expected one of auto, .* got 'gpu'"),
 }
 
@@ -290,6 +371,50 @@ def test_bad_input_of_the_fused_operator_names_the_argument(name):
 def test_fused_arguments_that_are_no_tensors(name):
     with pytest.raises(TypeError, match=rf"{name}: expected .*torch.Tensor.*, got list"):
         call_from_offsets(**{name: [1.0]})
+
+
+@pytest.mark.parametrize(
+    "name", ["value", "reference_points", "sampling_offsets", "attention_logits"]
+)
+def test_fused_arguments_that_are_none(name):
+    with pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor, got None"):
+        call_from_offsets(**{name: None})
+
+
+def test_a_number_of_numpy_as_scale():
+    expected = call_from_offsets(offset_scale=0.25)
+    for number in (np.float32(0.25), np.float64(0.25), Fraction(1, 4)):
+        assert torch.equal(call_from_offsets(offset_scale=number), expected)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_entry_of_the_scale_that_is_not_finite_places_its_point_nowhere(number, backend):
+    device, name = backend
+    inputs = OFFSET_CASE.inputs().to(torch.float64, device)
+    scale = torch.full((8,), 0.25, dtype=torch.float64, device=device)
+    value, reference, offsets, logits = inputs.tensors
+    far = offsets.clone()
+    far[:, :, :, 3] = float("inf")
+
+    def compute(offsets, scale):
+        offsets = offsets.clone().requires_grad_()
+        out = ms_deform_attn_from_offsets(
+            value,
+            inputs.spatial_shapes,
+            reference,
+            offsets,
+            logits,
+            padding_mask=inputs.padding_mask,
+            offset_scale=scale,
+            backend=name,
+        )
+        return out, *torch.autograd.grad(out.sum(), offsets)
+
+    expected = compute(far, scale)
+    scale = scale.clone()
+    scale[3] = number
+    for got, want in zip(compute(offsets, scale), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_good_input_of_the_fused_operator_passes():
@@ -318,6 +443,11 @@ def test_raw_fused_operator_never_reads_out_of_bounds():
         arguments = [bad if i == index else argument for i, argument in enumerate(good)]
         with pytest.raises((RuntimeError, ValueError)):
             op(*arguments, False)
+
+
+def test_explain_backend_of_what_is_no_dtype():
+    with pytest.raises(TypeError, match=r"dtype: expected a torch.dtype, got 'fp32'"):
+        explain_backend(dtype="fp32")
 
 
 def test_explain_backend_of_an_unknown_operator():

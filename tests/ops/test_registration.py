@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators as torch sees them: schema, fake, autograd, compile, export, autocast."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -247,9 +249,15 @@ def test_gil_is_released_and_threads_agree(backend):
 def backward_on_a_gpu(op="ms_deform_attn_triton", dtype=torch.float32):
     """The operator that the backward of `op` on a GPU calls; meta stands for one."""
     chosen = []
-    contract = _ops.MS_DEFORM_ATTN._replace(backward=lambda ctx, op, grads: chosen.append(op))
+
+    def backward(ctx, needs, op, grads):
+        chosen.append(op)
+        return ()
+
+    function = _ops.MS_DEFORM_ATTN._replace(backward=backward).function(op)
     with torch.enable_grad():  # no short way: the operator itself
-        contract.differentiate(op)(None, torch.empty(1, dtype=dtype, device="meta"))
+        ctx = SimpleNamespace(needs_input_grad=(False,) * 6)
+        function.backward(ctx, torch.empty(1, dtype=dtype, device="meta"))
     return str(chosen[0])
 
 

@@ -24,6 +24,7 @@ PARTS = {
         "test_registration.py",
         "triton-on-cpu and (not gradcheck or one-of-everything) and not threads",
     ),
+    "empty": ("test_empty.py", "nothing or no-pixels-no-queries"),
     "fused shapes": (
         "test_from_offsets.py",
         "test_small_shapes and (fp32 or bf16) and not points_fp32",
