@@ -174,7 +174,7 @@ class ViTAdapter(nn.Module):
             vit_tokens.append(tap)
 
         c2, c3, c4 = to_maps(c, geometry.c_shapes)
-        maps = [self.up(c2, base=c1).to(c.dtype), c2, c3, c4]
+        maps = [self._upsampled(c2, c1).to(c.dtype), c2, c3, c4]
         if self.config.add_vit_feature:
             if not self.config.takes_each_interaction:
                 vit_tokens = [vit_tokens[-1]] * NUM_MAPS
@@ -198,13 +198,19 @@ class ViTAdapter(nn.Module):
             x_points, c_points = x_points * scale, c_points / scale
         return Geometry(x_shape, c_shapes, x_points, c_points)
 
+    def _upsampled(self, c2: Tensor, c1: Tensor) -> Tensor:
+        if type(self.up) is Upsample:
+            return self.up.added_to(c1, c2)
+        result: Tensor = c1 + self.up(c2)
+        return result
+
     def _add_resized(self, base: Tensor, vit_map: Tensor, index: int) -> Tensor:
         """Adds the ViT's map, resized bilinearly, edges repeated, to output `index`."""
         h, w = base.shape[2], base.shape[3]
         vit_h, vit_w = (side * self.patch_size for side in vit_map.shape[2:])
         stride = self.strides[index]
         if self.vit_multiple == COARSEST_STRIDE or (h * stride, w * stride) == (vit_h, vit_w):
-            # The first map is a sum made for this; the others are views of the pyramid's tokens.
+            # The first map is a sum that nobody else holds; the others are the pyramid's tokens.
             return add_bilinear(base, vit_map, in_place=index == 0)
         # The two cover different areas: sample at the centres of the output's pixels.
         points = reference_points([(h, w)], vit_map.device).view(1, h, w, 2)

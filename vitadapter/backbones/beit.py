@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import linear, project
+from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear, project
 
 from ..layers.drop_path import DropPath
 from .plain_vit import LAYER_NORM_EPS, Mlp, PatchEmbed
@@ -48,16 +48,31 @@ class Attention(SelfAttention):
 
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, N, D] to the same shape; N = h*w in windows, else 1 + h*w."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         logits_bias = self.position_bias()
 
         def attention(tokens: Tensor) -> Tensor:
-            qkv = linear(tokens, self.qkv.weight, bias)
+            qkv = self._project(tokens)
             return attend(qkv, self.num_heads, logits_bias.to(qkv.dtype))
 
         if self.window_size is None:
             return project(self.proj, attention(x))
         return project(self.proj, in_windows(attention, x, shape, self.window_size))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values with their biases, by one product where qkv is a plain layer."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        layer: Any = self.qkv
+        if (
+            type(layer) is nn.Linear
+            and layer.bias is None
+            and is_plain_tensor(layer.weight)
+            and is_plain_tensor(bias)
+            and is_untouched(layer)
+        ):
+            return linear(x, layer.weight, bias)
+        qkv: Tensor = layer(x)
+        # Under autocast the product is 16 bits wide, and so is the sum that F.linear makes.
+        return qkv + bias.to(qkv.dtype)
 
     def position_bias(self) -> Tensor:
         """The biases of all pairs, [1, heads, N, N].
