@@ -98,10 +98,13 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no weights, has the weights of another architecture (the message
-            says which), or strict was given and keys differ.
+            says which), or strict was given and keys differ; or tensors of the model or the file
+            are on the meta device, where there are no values.
     """
+    _check_values("model", model.state_dict(), "call model.to_empty(device=...) and initialise it")
     contents = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     state, ignored = _backbone_state(_weights(contents, ema), model, ema)
+    _check_values("checkpoint", state, "load it onto another device")
     target = model.state_dict()
     if "backbone.model" in dict(model.named_modules()):
         state = _for_timm(state, target)
@@ -184,6 +187,16 @@ def _weights(contents: Mapping[str, Any], ema: bool) -> State:
             f"{', '.join((*_CONTAINERS, *_EMA_CONTAINERS))}, got {', '.join(contents) or 'nothing'}"
         )
     return state
+
+
+def _check_values(name: str, state: Mapping[str, Tensor], remedy: str) -> None:
+    """Raises ValueError where tensors are on the meta device: copies from and to it do nothing."""
+    without = [key for key, value in state.items() if value.is_meta]
+    if without:
+        raise ValueError(
+            f"{name}: expected tensors that have values, got {len(without)} of {len(state)} on the "
+            f"meta device ({', '.join(without[:3])}); {remedy} first"
+        )
 
 
 def _backbone_state(state: State, model: nn.Module, ema: bool) -> tuple[State, list[str]]:

@@ -25,6 +25,7 @@ class TimmViT(nn.Module):
         pretrained: load timm's weights.
         img_size: for models of one image size; None: the size timm gives them.
         model_args: further arguments for timm.create_model.
+        with_norm: the final norm is used.
 
     Attributes:
         model: timm's model.
@@ -41,9 +42,16 @@ class TimmViT(nn.Module):
         pretrained: bool,
         img_size: int | tuple[int, int] | None,
         model_args: dict[str, Any],
+        with_norm: bool,
     ) -> None:
         super().__init__()
         self.model = _create(model, pretrained, img_size, model_args)
+        # What comes after the blocks does not run here; data-parallel training expects gradients of
+        # all parameters that require them.
+        for name in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
+            part = getattr(self.model, name, None)
+            if isinstance(part, nn.Module) and not (with_norm and name == "norm"):
+                part.requires_grad_(False)
         self.embed_dim = self.model.embed_dim
         self.depth = len(self.model.blocks)
         self.patch_size = self.model.patch_embed.patch_size[0]
@@ -124,10 +132,4 @@ def _create(
     rows, columns = model.patch_embed.patch_size
     if rows != columns:
         raise ValueError(f"name: expected square patches, got {rows}x{columns} pixels")
-    # What comes after the blocks does not run here; data-parallel training expects gradients of
-    # all parameters that require them.
-    for name in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
     return model

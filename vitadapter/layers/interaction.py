@@ -221,9 +221,14 @@ class Interaction(nn.Module):
         return x, c, body
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        return run(function, *args, with_cp=self.with_cp)
+
+
+def run(function: Callable[..., Tensor], *args: Any, with_cp: bool) -> Tensor:
+    """function(*args); with_cp: the backward pass computes its activations once more."""
+    if with_cp and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
 
 
 def embed_levels(pyramid: Sequence[Tensor], level_embed: Tensor) -> Tensor:
