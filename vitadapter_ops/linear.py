@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import _ops
 
@@ -48,12 +47,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what dtype oneDNN computes the product; None: torch's default is to do it."""
     # Those who look at what is called know F.linear: compilers, tracers, transforms, counters of
-    # FLOPs, modes, and whoever put another function in its place. oneDNN's product has no
-    # derivative, forward mode's included, which no_grad does not switch off.
+    # FLOPs, modes, forward mode, which no_grad does not switch off, and whoever put another
+    # function in its place.
     if (
         torch.is_grad_enabled()
         or not _ops.is_plain()
-        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._is_torch_function_mode_enabled()
         or F.linear is not torch._C._nn.linear

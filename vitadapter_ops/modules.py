@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._names import rename
 from .functional import ms_deform_attn_from_offsets
-from .linear import is_plain, linear, project, warn_if_slow_autocast
+from .linear import is_plain, is_plain_tensor, linear, project, warn_if_slow_autocast
 
 
 def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,15 +34,38 @@ def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor
     layers: list[Any] = [
         module.get_submodule(name) for name in ("sampling_offsets", "attention_weights")
     ]
-    if not all(is_plain(layer) for layer in layers):
+    if not all(map(is_plain, layers)) or not _can_join(*(layer.weight for layer in layers)):
         offsets, logits = (layer(query) for layer in layers)
         return offsets, logits
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     offsets, logits = torch.split(
-        linear(query, weight, bias), [layer.out_features for layer in layers], -1
+        linear(query, weight, bias), [layer.weight.shape[0] for layer in layers], -1
     )
     return offsets, logits
+
+
+def _can_join(first: Tensor, second: Tensor) -> bool:
+    """Whether torch.cat joins two weights as they are.
+
+    It would widen the narrower of them, and refuses the other type of 16 bits under autocast.
+    """
+    if (
+        first.dtype != second.dtype
+        or first.device != second.device
+        or first.shape[1:] != second.shape[1:]
+    ):
+        return False
+    return (
+        first.dtype == torch.float32
+        or not _autocasts(first.device)
+        or first.dtype == torch.get_autocast_dtype(first.device.type)
+    )
+
+
+def _autocasts(device: torch.device) -> bool:
+    # Some devices have no autocast, and refuse to say so.
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def initial_offsets(heads: int, points: Sequence[int]) -> Tensor:
@@ -59,6 +85,73 @@ def initial_offsets(heads: int, points: Sequence[int]) -> Tensor:
     return (direction[:, None] * steps[:, None]).flatten()
 
 
+# The operator's arguments in the words of MSDeformAttn.forward, and of its layers.
+_NAMES = {
+    "value": "input_flatten",
+    "spatial_shapes": "input_spatial_shapes",
+    "level_start_index": "input_level_start_index",
+    "padding_mask": "input_padding_mask",
+    "attention_logits": "attention_weights",
+}
+
+
+def _positive_integer(name: str, number: Any) -> int:
+    """The number as Python's integer; numpy's and tensors of one entry are integers too."""
+    try:
+        if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
+            raise TypeError
+        integer = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {number!r}") from None
+    if integer < 1:
+        raise ValueError(f"{name}: expected a positive number, got {integer}")
+    return integer
+
+
+def _check_ratio(ratio: Any) -> None:
+    """Raises TypeError or ValueError unless it is a positive finite number."""
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"ratio: expected a number, got {ratio!r}")
+    try:
+        finite = 0 < float(ratio) < math.inf
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"ratio: expected a positive finite number, got {ratio}")
+
+
+def _check_levels(spatial_shapes: Any, levels: int) -> None:
+    """Raises ValueError unless there are so many levels."""
+    try:
+        got = len(spatial_shapes)
+    except TypeError:
+        return  # the operator says what it is instead
+    if got != levels:
+        raise ValueError(f"spatial_shapes: expected {levels} levels (n_levels), got {got}")
+
+
+def _check_projected(
+    name: str, tensor: Tensor, layer_name: str, layer: nn.Module, error: RuntimeError
+) -> None:
+    """Says so where a projection failed because its input has another dtype or device.
+
+    Raises:
+        ValueError: from the projection's error.
+    """
+    weight: Any = getattr(layer, "weight", None)
+    if not is_plain_tensor(weight):
+        return
+    source = f"{layer_name}.weight"
+    try:
+        _checks.device(name, tensor, weight.device, source)
+        # Autocast takes any two of those that it converts.
+        converted = {*_checks.FLOATING} - {torch.float64}
+        if not (_autocasts(weight.device) and converted >= {tensor.dtype, weight.dtype}):
+            _checks.dtype(name, tensor, (weight.dtype,), f" (that of {source})")
+    except ValueError as known:
+        raise known from error
+
+
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its four projections (Zhu et al., ICLR 2021, sec. 4.1).
 
@@ -74,6 +167,7 @@ class MSDeformAttn(nn.Module):
         ratio: width of the values relative to d_model (ViT-Adapter uses 0.5 in its larger models).
 
     Raises:
+        TypeError: an argument is not a number, or not an integer where one is expected.
         ValueError: an argument is not positive, or n_heads does not divide the widths.
     """
 
@@ -86,15 +180,11 @@ class MSDeformAttn(nn.Module):
         ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, number in (
-            ("d_model", d_model),
-            ("n_levels", n_levels),
-            ("n_heads", n_heads),
-            ("n_points", n_points),
-            ("ratio", ratio),
-        ):
-            if not number > 0:
-                raise ValueError(f"{name}: expected a positive number, got {number}")
+        d_model = _positive_integer("d_model", d_model)
+        n_levels = _positive_integer("n_levels", n_levels)
+        n_heads = _positive_integer("n_heads", n_heads)
+        n_points = _positive_integer("n_points", n_points)
+        _check_ratio(ratio)
         d_value = int(ratio * d_model)
         if d_model % n_heads or d_value % n_heads or d_value == 0:
             raise ValueError(
@@ -152,35 +242,41 @@ class MSDeformAttn(nn.Module):
             [B, Q, C].
 
         Raises:
-            ValueError: shapes disagree (names the argument, expected and got).
+            TypeError: an argument that should be a tensor is none.
+            ValueError: shapes, dtypes or devices disagree (names the argument, expected and got).
         """
-        _checks.rank("query", query, "B, Q, C")
-        _checks.rank("input_flatten", input_flatten, "B, S, C")
+        for name, tensor in (("query", query), ("input_flatten", input_flatten)):
+            _checks.is_tensor(name, tensor)
+            _checks.rank(name, tensor, "B, Q, C" if name == "query" else "B, S, C")
         batch, queries, _ = query.shape
         pixels = input_flatten.shape[1]
         _checks.shape("query", query, (batch, queries, self.d_model), "d_model")
         _checks.shape("input_flatten", input_flatten, (batch, pixels, self.d_model), "query")
-        # What is not the module's own, the operator checks.
-        levels = len(input_spatial_shapes)
-        if levels != self.n_levels:
-            raise ValueError(
-                f"input_spatial_shapes: expected {self.n_levels} levels (n_levels), got {levels}"
-            )
-        if input_padding_mask is not None:
-            _checks.padding_mask(input_padding_mask, batch, pixels, "input_padding_mask")
-
-        value = project(self.value_proj, input_flatten).view(batch, pixels, self.n_heads, -1)
-        offsets, logits = offsets_and_logits(self, query)
+        try:
+            value = project(self.value_proj, input_flatten)
+            offsets, logits = offsets_and_logits(self, query)
+        except RuntimeError as error:
+            # Any input that a projection takes is right: it may hold weights of 8 bits, or cast.
+            _check_projected("input_flatten", input_flatten, "value_proj", self.value_proj, error)
+            _check_projected("query", query, "sampling_offsets", self.sampling_offsets, error)
+            raise
         points = self.n_levels * self.n_points
-        out = ms_deform_attn_from_offsets(
-            value,
-            input_spatial_shapes,
-            reference_points,
-            offsets.view(batch, queries, self.n_heads, points, 2),
-            logits.view(batch, queries, self.n_heads, points),
-            level_start_index=input_level_start_index,
-            padding_mask=input_padding_mask,
-        )
+        try:
+            # What is not the module's own, the operator checks.
+            _check_levels(input_spatial_shapes, self.n_levels)
+            out = ms_deform_attn_from_offsets(
+                # Not -1 for the channels: no pixels have any number of them.
+                value.view(batch, pixels, self.n_heads, value.shape[2] // self.n_heads),
+                input_spatial_shapes,
+                reference_points,
+                offsets.view(batch, queries, self.n_heads, points, 2),
+                logits.view(batch, queries, self.n_heads, points),
+                level_start_index=input_level_start_index,
+                padding_mask=input_padding_mask,
+            )
+        except (TypeError, ValueError) as error:
+            rename(error, _NAMES)
+            raise
         assert isinstance(out, Tensor)  # no weights were asked for
         if out.requires_grad:
             warn_if_slow_autocast(out)

@@ -204,6 +204,7 @@ def test_who_looks_at_what_is_called_sees_torch(refuse_onednn):
         torch.testing.assert_close(mapped, layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:TF32")
 def test_who_switched_onednn_off_does_not_get_it(refuse_onednn):
     layer, x = layer_and_input(5)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
@@ -294,12 +295,14 @@ def test_hooks_of_all_modules_are_called(register, refuse_onednn):
             project(layer, x)
     finally:
         handle.remove()
+        global_hooks._global_forward_hooks_with_kwargs.clear()  # which remove() forgets
     assert is_untouched(nn.Sequential(layer))
     assert len(calls) <= 1
     with torch.no_grad(), pytest.raises(TypeError):
         project(layer, x)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(
     "register",
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitadapter_ops import MSDeformAttn, ms_deform_attn
+from vitadapter_ops.modules import offsets_and_logits
 
 SHAPES = [(4, 6), (2, 3)]
 
@@ -157,3 +158,63 @@ def test_a_projection_that_is_more_than_a_product_is_called():
     del layer.forward
     layer.bias = None
     torch.testing.assert_close(module(*arguments, [(4, 4), (2, 2)]), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("reference", [2, 4], ids=["points", "boxes"])
+@pytest.mark.parametrize(
+    ("batch", "queries", "shapes"),
+    [(2, 0, SHAPES), (0, 5, SHAPES), (0, 0, SHAPES), (2, 5, [(0, 6), (0, 0)])],
+    ids=["no queries", "no images", "neither", "no pixels"],
+)
+def test_nothing_to_sample_or_for_gives_zero(batch, queries, shapes, reference, grad):
+    m = module()
+    pixels = sum(height * width for height, width in shapes)
+    query = torch.randn(batch, queries, 16, requires_grad=True)
+    feature = torch.randn(batch, pixels, 16, requires_grad=True)
+    points = torch.rand(batch, queries, 2, reference, requires_grad=True)
+    mask = torch.zeros(batch, pixels, dtype=torch.bool)
+    with torch.set_grad_enabled(grad):
+        out = m(query, points, feature, shapes, input_padding_mask=mask)
+    assert out.shape == (batch, queries, 16)
+    assert torch.equal(out, m.output_proj.bias.expand_as(out))
+    if grad:
+        out.sum().backward()
+        for name, tensor in (
+            ("query", query),
+            ("feature", feature),
+            ("points", points),
+            *m.named_parameters(),
+        ):
+            assert tensor.grad.shape == tensor.shape
+            assert name == "output_proj.bias" or (tensor.grad == 0).all()
+
+
+def test_projections_of_different_dtypes_are_called_one_by_one():
+    m, query = module(), torch.randn(2, 5, 16)
+    m.attention_weights.bfloat16()
+    # One product would widen the narrower weights.
+    with pytest.raises(RuntimeError, match="dtype"):
+        offsets_and_logits(m, query)
+    with torch.autocast("cpu", torch.bfloat16):
+        offsets, logits = offsets_and_logits(m, query)
+        torch.testing.assert_close(offsets, m.sampling_offsets(query))
+        torch.testing.assert_close(logits, m.attention_weights(query))
+
+
+def test_half_weights_are_served_under_autocast_to_the_other_half_type():
+    m, query = module().half(), torch.randn(2, 5, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        offsets, logits = offsets_and_logits(m, query)
+        torch.testing.assert_close(offsets, m.sampling_offsets(query))
+        torch.testing.assert_close(logits, m.attention_weights(query))
+
+
+def test_module_in_16_bits_compiles_into_one_graph_under_autocast():
+    m = module().bfloat16()
+    inputs = torch.randn(2, 5, 16), torch.rand(2, 5, 1, 2), torch.randn(2, 30, 16)
+    query, points, feature = (t.bfloat16() for t in inputs)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = m(query, points, feature, SHAPES)
+        torch.testing.assert_close(compiled(query, points, feature, SHAPES), expected)

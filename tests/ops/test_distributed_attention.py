@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSDeformAttn trains on one and on two processes as without them, in every form of parallelism."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import attention_steps
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"
+)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+def test_one_process_steps_as_without_parallelism(tmp_path):
+    threads = torch.get_num_threads()
+    attention_steps.run(0, 1, tmp_path)
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_step_like_one(tmp_path):
+    multiprocessing.spawn(attention_steps.run, args=(2, tmp_path), nprocs=2)
