@@ -68,6 +68,10 @@ class TimmViT(nn.Module):
         Raises:
             ValueError: the model serves one image size, and these images have another.
         """
+        if images.shape[0] == 0:
+            # timm leaves a size for view to find out, which it cannot without images.
+            tokens, shape, steps = self.start(images.new_zeros(1, *images.shape[1:]))
+            return tokens[:0], shape, [partial(_beside_a_blank, step) for step in steps]
         model = self.model
         height, width = images.shape[2:]
         embed = model.patch_embed
@@ -96,6 +100,11 @@ class TimmViT(nn.Module):
             ]
             return model.norm_pre(x), shape, steps
         return model.norm_pre(model.patch_drop(x)), shape, list(model.blocks)
+
+
+def _beside_a_blank(step: Step, x: Tensor) -> Tensor:
+    """step(x) of no images, by way of one of which nothing is kept; gradients are zero."""
+    return step(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
 
 
 def _create(
