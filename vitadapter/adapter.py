@@ -145,7 +145,7 @@ class ViTAdapter(FeaturePyramid):
             ValueError: images has another rank, number of channels, an integer dtype, fewer pixels
                 than one patch, or a size that the backbone does not serve.
         """
-        image_tools.check(images, self.patch_size)
+        images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)
         vit_images = padded
         if self.vit_multiple != COARSEST_STRIDE:

@@ -62,7 +62,7 @@ class ViTBaseline(FeaturePyramid):
         Raises:
             ValueError: as in `ViTAdapter`.
         """
-        image_tools.check(images, self.patch_size)
+        images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)
         prior = self.spm(padded) if self.config.ranges else ()
         outputs = []  # of every block

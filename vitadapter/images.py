@@ -24,6 +24,18 @@ def check(images: Tensor, patch_size: int) -> None:
         )
 
 
+def of_traced_size(images: Tensor) -> Tensor:
+    """The images; in a graph by torch.jit.trace, a check that they have the size of the example.
+
+    For whatever turns sizes into constants: without it, the graph gives wrong maps of other sizes.
+    """
+    if not torch._C._get_tracing_state():
+        return images
+    height, width = (int(side) for side in images.shape[-2:])
+    # RuntimeError: The expanded size of the tensor (64) must match the existing size (96) ...
+    return images.expand(-1, -1, height, width)
+
+
 def ceil_div(size: int, stride: int) -> int:
     """size / stride, rounded up."""
     # Not -(-size // stride): with symbolic sizes torch.compile simplifies this form far faster.

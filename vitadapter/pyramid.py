@@ -8,8 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from vitadapter_ops.linear import warn_if_slow_autocast
+
+from . import images as image_tools
 from .backbones.protocol import Grid, Step
 from .config import AdapterConfig
+from .layers.attention import DeformableAttention
 from .layers.interaction import Injector
 
 
@@ -33,6 +37,16 @@ class FeaturePyramid(nn.Module):
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
         """Tokens, grid and blocks of the backbone, see `Backbone`."""
         raise NotImplementedError
+
+    def _check(self, images: Tensor) -> Tensor:
+        """The images, which `forward` takes."""
+        image_tools.check(images, self.patch_size)
+        warn_if_slow_autocast(images)
+        if torch._C._get_tracing_state() and any(
+            isinstance(module, DeformableAttention) for module in self.modules()
+        ):
+            return image_tools.of_traced_size(images)
+        return images
 
     def vit_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's own parameters, without those of the parts around it."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear, project
 
+from ..images import of_traced_size
 from ..layers.drop_path import DropPath
 from .plain_vit import LAYER_NORM_EPS, Mlp, PatchEmbed
 from .protocol import Grid, Step
@@ -193,6 +194,8 @@ class BEiT(nn.Module):
                 f"position biases serve one size), got {images.shape[2]}x{images.shape[3]}; cut "
                 "larger images into such windows, or build the model with another img_size"
             )
+        if self.img_size is not None:
+            images = of_traced_size(images)
         patches = self.patch_embed(images)
         shape = (patches.shape[2], patches.shape[3])
         tokens = patches.flatten(2).transpose(1, 2).contiguous()

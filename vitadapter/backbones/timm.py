@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..images import of_traced_size
 from .protocol import Grid, Step
 
 
@@ -80,6 +81,8 @@ class TimmViT(nn.Module):
                 f"images: expected {embed.img_size[0]}x{embed.img_size[1]} pixels, the one size "
                 f"that this timm model serves (img_size), got {height}x{width}"
             )
+        if embed.strict_img_size:
+            images = of_traced_size(images)
         shape = (height // self.patch_size, width // self.patch_size)
         x = embed(images)
         if not hasattr(model, "_pos_embed"):  # BEiT, whose positions live in its blocks
