@@ -101,7 +101,7 @@ class _PatchEmbed(nn.Module):
         patches = self.proj(images)
         shape = (patches.shape[2], patches.shape[3])
         places = torch.arange(self.grid**2, device=images.device)
-        positions = resize_grid(self.spatial_pos_embed(places)[None], self.grid, shape)
+        positions = resize_grid(self.spatial_pos_embed(places)[None], (self.grid,) * 2, shape)
         tokens = patches.flatten(2).transpose(1, 2).contiguous()
         return tokens + positions + self.temporal_pos_embed(places[:1]), shape
 
