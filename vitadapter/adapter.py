@@ -162,7 +162,7 @@ class ViTAdapter(FeaturePyramid):
         for blocks, interaction in zip(self.config.ranges, self.interactions, strict=True):
             own_steps = [steps[index] for index in blocks]
             x, c, tap = interaction(x, c, own_steps, geometry, prefix, self._tap_norm())
-            vit_tokens.append(tap)
+            vit_tokens.append(tap[:, prefix:])
 
         c2, c3, c4 = to_maps(c, geometry.c_shapes)
         maps = [self._upsampled(c2, c1).to(c.dtype), c2, c3, c4]
