@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,12 +34,13 @@ from .layers.interaction import (
 )
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
+from .pyramid import FeaturePyramid
 
 # What `ViTAdapter` adds to a backbone.
 ADAPTER_PARTS = (*("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4"),)
 
 
-class ViTAdapter(nn.Module):
+class ViTAdapter(FeaturePyramid):
     """Vision Transformer Adapter for dense predictions (Chen et al., ICLR 2023, sec. 3).
 
     This class is the adapter. `create_model` combines it with a published backbone, such that the
@@ -53,12 +54,8 @@ class ViTAdapter(nn.Module):
         strides: strides of the output maps in pixels.
     """
 
-    strides = (4, 8, 16, 32)
-    config: AdapterConfig
-    embed_dim: int
+    own_parts = ADAPTER_PARTS
     depth: int
-    patch_size: int
-    num_prefix_tokens: int
     # To what the ViT's images are padded; the pyramid's always to a multiple of 32.
     vit_multiple = COARSEST_STRIDE
 
@@ -118,23 +115,17 @@ class ViTAdapter(nn.Module):
         from .backbones.timm import TimmViT
 
         backbone = TimmViT(
-            name, pretrained=pretrained, img_size=img_size, model_args=model_args or {}
+            name,
+            pretrained=pretrained,
+            img_size=img_size,
+            model_args=model_args or {},
+            with_norm=bool(options.get("norm_taps")),
         )
         return WrappedAdapter(backbone, task=task, **options)
-
-    def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
-        """Tokens, grid and blocks of the backbone, see `Backbone`."""
-        raise NotImplementedError
 
     def _tap_norm(self) -> Step | None:
         """The ViT's final norm, where the configuration asks for it."""
         return None
-
-    def vit_parameters(self) -> Iterator[nn.Parameter]:
-        """The backbone's own parameters, without the adapter's."""
-        for name, parameter in self.named_parameters():
-            if name.partition(".")[0] not in ADAPTER_PARTS:
-                yield parameter
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the feature pyramid.
@@ -154,7 +145,7 @@ class ViTAdapter(nn.Module):
             ValueError: images has another rank, number of channels, an integer dtype, fewer pixels
                 than one patch, or a size that the backbone does not serve.
         """
-        image_tools.check(images, self.patch_size)
+        images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)
         vit_images = padded
         if self.vit_multiple != COARSEST_STRIDE:
@@ -162,7 +153,7 @@ class ViTAdapter(nn.Module):
 
         c1, *pyramid = self.spm(padded)
         c = embed_levels(pyramid, self.level_embed)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+        with self._vit_gradients():
             x, x_shape, steps = self.start(vit_images)
         geometry = self._geometry(padded, pyramid, vit_images, x_shape)
 
@@ -171,10 +162,10 @@ class ViTAdapter(nn.Module):
         for blocks, interaction in zip(self.config.ranges, self.interactions, strict=True):
             own_steps = [steps[index] for index in blocks]
             x, c, tap = interaction(x, c, own_steps, geometry, prefix, self._tap_norm())
-            vit_tokens.append(tap)
+            vit_tokens.append(tap[:, prefix:])
 
         c2, c3, c4 = to_maps(c, geometry.c_shapes)
-        maps = [self.up(c2, base=c1).to(c.dtype), c2, c3, c4]
+        maps = [self._upsampled(c2, c1).to(c.dtype), c2, c3, c4]
         if self.config.add_vit_feature:
             if not self.config.takes_each_interaction:
                 vit_tokens = [vit_tokens[-1]] * NUM_MAPS
@@ -198,13 +189,19 @@ class ViTAdapter(nn.Module):
             x_points, c_points = x_points * scale, c_points / scale
         return Geometry(x_shape, c_shapes, x_points, c_points)
 
+    def _upsampled(self, c2: Tensor, c1: Tensor) -> Tensor:
+        if type(self.up) is Upsample:
+            return self.up.added_to(c1, c2)
+        result: Tensor = c1 + self.up(c2)
+        return result
+
     def _add_resized(self, base: Tensor, vit_map: Tensor, index: int) -> Tensor:
         """Adds the ViT's map, resized bilinearly, edges repeated, to output `index`."""
         h, w = base.shape[2], base.shape[3]
         vit_h, vit_w = (side * self.patch_size for side in vit_map.shape[2:])
         stride = self.strides[index]
         if self.vit_multiple == COARSEST_STRIDE or (h * stride, w * stride) == (vit_h, vit_w):
-            # The first map is a sum made for this; the others are views of the pyramid's tokens.
+            # The first map is a sum that nobody else holds; the others are the pyramid's tokens.
             return add_bilinear(base, vit_map, in_place=index == 0)
         # The two cover different areas: sample at the centres of the output's pixels.
         points = reference_points([(h, w)], vit_map.device).view(1, h, w, 2)
@@ -232,21 +229,7 @@ class ViTAdapter(nn.Module):
         self.norm4 = nn.BatchNorm2d(dim)
         nn.init.normal_(self.level_embed)
         init_adapter(self.spm, self.interactions, self.up)
-        if config.freeze_backbone:
-            injectors = [m for m in self.interactions.modules() if isinstance(m, Injector)]
-            parameters = [p for injector in injectors for p in injector.parameters()]
-            for parameter in (*self.vit_parameters(), *parameters):
-                parameter.requires_grad_(False)
-            self.train(self.training)
-
-    def train(self, mode: bool = True) -> ViTAdapter:
-        """Sets the mode; a frozen backbone stays in inference mode."""
-        super().train(mode)
-        if mode and self.config.freeze_backbone:
-            for name, child in self.named_children():
-                if name not in ADAPTER_PARTS:
-                    child.eval()
-        return self
+        self._freeze()
 
 
 class PlainViTAdapter(PlainViT, ViTAdapter):

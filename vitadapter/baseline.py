@@ -12,17 +12,18 @@ from . import images as image_tools
 from .adapter import beit_arguments, build_interactions, init_adapter, plain_vit_arguments
 from .backbones.beit import BEiT
 from .backbones.plain_vit import PlainViT
-from .backbones.protocol import Grid, Step
+from .backbones.protocol import Grid
 from .config import COARSEST_STRIDE, NUM_MAPS, ModelConfig
 from .layers.attention.deformable import reference_points
-from .layers.interaction import LAYER_NORM_EPS, Geometry, embed_levels, to_maps, to_tokens
+from .layers.interaction import LAYER_NORM_EPS, Geometry, embed_levels, run, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
+from .pyramid import FeaturePyramid
 
 _GROUPS = 32
 
 
-class ViTBaseline(nn.Module):
+class ViTBaseline(FeaturePyramid):
     """A plain ViT and necks that give its tokens four resolutions (paper tables 1 and 3).
 
     Each map comes from the end of another quarter of the blocks; with residual blocks (ViTDet, Li
@@ -38,16 +39,12 @@ class ViTBaseline(nn.Module):
         strides: strides of the output maps in pixels.
     """
 
-    strides = (4, 8, 16, 32)
+    own_parts = (
+        *("level_embed", "spm", "interactions", "norm1", "norm2", "norm3", "norm4"),
+        *("up1", "up2", "up3", "up4", "fpn1", "fpn2", "fpn3", "fpn4"),
+    )
     config: ModelConfig
-    embed_dim: int
-    patch_size: int
-    num_prefix_tokens: int
     taps: Sequence[int]
-
-    def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
-        """Tokens, grid and blocks of the backbone, see `Backbone`."""
-        raise NotImplementedError
 
     def necks(self, tokens: list[Tensor], shape: Grid) -> list[Tensor]:
         """Four maps with strides 4, 8, 16, 32 from four times tokens [B, h*w, D]."""
@@ -65,15 +62,16 @@ class ViTBaseline(nn.Module):
         Raises:
             ValueError: as in `ViTAdapter`.
         """
-        image_tools.check(images, self.patch_size)
+        images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)
-        x, shape, steps = self.start(padded)
         prior = self.spm(padded) if self.config.ranges else ()
-        inject = self._injection(padded, prior, shape)
         outputs = []  # of every block
-        for index, step in enumerate(steps):
-            x = step(inject(index, x))
-            outputs.append(x)
+        with self._vit_gradients():
+            x, shape, steps = self.start(padded)
+            inject = self._injection(padded, prior, shape)
+            for index, step in enumerate(steps):
+                x = run(step, inject(index, x), with_cp=self.config.with_cp)
+                outputs.append(x)
         prefix = self.num_prefix_tokens
         maps = self.necks([outputs[tap][:, prefix:] for tap in self.taps], shape)
         if prior:
@@ -118,6 +116,9 @@ class ViTBaseline(nn.Module):
             nn.init.normal_(self.level_embed)
             self.interactions = build_interactions(config)
             init_adapter(self.interactions)
+            # Injectors alone read it.
+            self.level_embed.requires_grad_(not config.freeze_backbone)
+        self._freeze()
 
 
 class PlainViTBaseline(PlainViT, ViTBaseline):

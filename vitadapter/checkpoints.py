@@ -38,6 +38,8 @@ _UNUSED = re.compile(
     r"|(cls_pt_layers|loss_prepare|token_embed)\b"
     r"|.*relative_position_index$"
 )
+# [1, N, D]: tokens beside the class token.
+_REGISTERS = ("register_tokens", "reg_token", "storage_tokens")
 _SAFE: list[Any] = [
     argparse.Namespace,
     np.dtype,
@@ -76,6 +78,7 @@ def load_checkpoint(
     *,
     ema: bool = False,
     strict: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Loads published weights into a model of this package.
 
@@ -90,6 +93,9 @@ def load_checkpoint(
         checkpoint: a file, or what was loaded from one.
         ema: take the weights averaged over training steps that some files hold beside the others.
         strict: raise where a key is missing or unexpected.
+        grid: (rows, columns) of the file's position embedding, where it was trained on images that
+            are not square. None: a square; a number of entries or values that tell of another grid
+            are refused. For timm's models: timm resizes.
 
     Returns:
         Every key that was missing, unexpected, ignored or resized; also logged, as a warning when
@@ -98,19 +104,25 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no weights, has the weights of another architecture (the message
-            says which), or strict was given and keys differ.
+            says which), or strict was given and keys differ; or tensors of the model or the file
+            are on the meta device, where there are no values.
     """
+    _check_values("model", model.state_dict(), "call model.to_empty(device=...) and initialise it")
     contents = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     state, ignored = _backbone_state(_weights(contents, ema), model, ema)
+    _check_values("checkpoint", state, "load it onto another device")
     target = model.state_dict()
-    if "backbone.model" in dict(model.named_modules()):
+    registers = sum(state[key].shape[1] for key in _REGISTERS if key in state)
+    vit = dict(model.named_modules()).get("backbone.model")
+    if vit is not None:
         state = _for_timm(state, target)
+        _check_grid_of_timm(vit, state, grid)
     else:
         state = _published_names(state)
         _check_architecture(state, target)
     ignored += [key for key in state if key not in target and _UNUSED.match(key)]
     state = {key: value for key, value in state.items() if key in target or key not in ignored}
-    resized = _resize(state, target)
+    resized = _resize(state, target, grid if vit is None else None, registers)
 
     wrong = [key for key in state if key in target and state[key].shape != target[key].shape]
     if wrong:
@@ -184,6 +196,16 @@ def _weights(contents: Mapping[str, Any], ema: bool) -> State:
             f"{', '.join((*_CONTAINERS, *_EMA_CONTAINERS))}, got {', '.join(contents) or 'nothing'}"
         )
     return state
+
+
+def _check_values(name: str, state: Mapping[str, Tensor], remedy: str) -> None:
+    """Raises ValueError where tensors are on the meta device: copies from and to it do nothing."""
+    without = [key for key, value in state.items() if value.is_meta]
+    if without:
+        raise ValueError(
+            f"{name}: expected tensors that have values, got {len(without)} of {len(state)} on the "
+            f"meta device ({', '.join(without[:3])}); {remedy} first"
+        )
 
 
 def _backbone_state(state: State, model: nn.Module, ema: bool) -> tuple[State, list[str]]:
@@ -287,24 +309,52 @@ def _from_jax(state: State) -> State:
     return result
 
 
-def _resize(state: State, target: State) -> list[str]:
+def _check_grid_of_timm(vit: Any, state: State, grid: tuple[int, int] | None) -> None:
+    """Raises ValueError where positions of a timm model lie in another grid than the model's."""
+    if grid is not None:
+        raise ValueError(
+            f"grid: expected None for a model of timm, whose own loading resizes, got {grid}"
+        )
+    own, given = getattr(vit, "pos_embed", None), state.get("backbone.model.pos_embed")
+    if own is None or given is None or own.shape != given.shape:
+        return
+    rows, columns = vit.patch_embed.grid_size
+    positions = given.flatten(0, -2)[-rows * columns :]
+    resize.check_rows("pos_embed", positions, (rows, columns))
+
+
+def _resize(state: State, target: State, grid: tuple[int, int] | None, registers: int) -> list[str]:
     """Resizes, in place of what it was, whatever may differ in size; returns the keys."""
-    resized = []
+    resized, used = [], False
+    # Register tokens may have entries too.
+    extra = {front + more for front in resize.EXTRA_ENTRIES for more in (0, registers)}
     for key, value in state.items():
-        if key not in target or value.shape == target[key].shape:
+        if key not in target:
             continue
         size = target[key].shape
         if key == "pos_embed" and value.shape[2] == size[2]:
-            state[key] = resize.position_embedding(value, size[1], prefix=1)
+            new = resize.position_embedding(value, size[1], prefix=1, grid=grid, extra=extra)
+            used = True
         elif key.endswith("spatial_pos_embed.weight") and value.shape[1] == size[1]:
-            state[key] = resize.position_embedding(value[None], size[0], prefix=0)[0]
+            new = resize.position_embedding(value[None], size[0], prefix=0, grid=grid, extra=(0,))[
+                0
+            ]
+            used = True
+        elif value.shape == size:
+            continue
         elif key.endswith("relative_position_bias_table") and value.shape[1] == size[1]:
-            state[key] = resize.bias_table(value, size[0])
+            new = resize.bias_table(value, size[0])
         elif key.endswith("patch_embed.proj.weight") and value.shape[:2] == size[:2]:
-            state[key] = resize.patch_projection(value, size[-1])
+            new = resize.patch_projection(value, size[-1])
         else:
             continue
-        resized.append(key)
+        if new.shape != value.shape or not torch.equal(new, value):
+            state[key] = new
+            resized.append(key)
+    if grid is not None and not used:
+        raise ValueError(
+            f"grid: expected a file with a position embedding, got {grid} for one without"
+        )
     return resized
 
 

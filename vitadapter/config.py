@@ -218,6 +218,11 @@ class ModelConfig(AdapterConfig):
             raise ValueError(
                 f"norm_taps: expected False for {self.family}, which has no final norm, got True"
             )
+        if self.residual_blocks and self.freeze_backbone:
+            raise ValueError(
+                "freeze_backbone: expected False with residual_blocks=True, which lie between the "
+                "ViT's blocks and could not learn, got True"
+            )
         if not self.layer_scale and self.family != "plain_vit":
             raise ValueError(f"layer_scale: expected True for {self.family}, got False")
         if self.depth % NUM_MAPS and (self.task == "detection" or not self.is_adapter):

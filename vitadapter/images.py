@@ -24,6 +24,18 @@ def check(images: Tensor, patch_size: int) -> None:
         )
 
 
+def of_traced_size(images: Tensor) -> Tensor:
+    """The images; in a graph by torch.jit.trace, a check that they have the size of the example.
+
+    For whatever turns sizes into constants: without it, the graph gives wrong maps of other sizes.
+    """
+    if not torch._C._get_tracing_state():
+        return images
+    height, width = (int(side) for side in images.shape[-2:])
+    # RuntimeError: The expanded size of the tensor (64) must match the existing size (96) ...
+    return images.expand(-1, -1, height, width)
+
+
 def ceil_div(size: int, stride: int) -> int:
     """size / stride, rounded up."""
     # Not -(-size // stride): with symbolic sizes torch.compile simplifies this form far faster.
@@ -44,8 +56,12 @@ def crop(
     height, width = images.shape[-2:]
     parts = []
     for m, stride in zip(maps, strides, strict=True):
-        part = corner(m.permute(0, 2, 3, 1), ceil_div(height, stride), ceil_div(width, stride))
-        parts.append(part.permute(0, 3, 1, 2))
+        rows, columns = ceil_div(height, stride), ceil_div(width, stride)
+        if not is_symbolic(m) and m.shape[2:] == (rows, columns):
+            # No view: FSDP2 warns of a module that returns one.
+            parts.append(m)
+        else:
+            parts.append(corner(m.permute(0, 2, 3, 1), rows, columns).permute(0, 3, 1, 2))
     f1, f2, f3, f4 = parts
     return f1, f2, f3, f4
 
@@ -57,7 +73,12 @@ def corner(x: Tensor, height: int, width: int) -> Tensor:
     of x, and their graphs hold for that answer only. They get a copy, of which Inductor makes a
     part of what computes x, and whose gradient is padding.
     """
-    symbolic = any(isinstance(size, torch.SymInt) for size in x.shape)
-    if symbolic or torch.compiler.is_dynamo_compiling():
+    if is_symbolic(x):
         return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     return x[:, :height, :width]
+
+
+def is_symbolic(x: Tensor) -> bool:
+    """Whether a graph is being made in which sizes of x are no numbers."""
+    symbolic = any(isinstance(size, torch.SymInt) for size in x.shape)
+    return symbolic or torch.compiler.is_dynamo_compiling() or bool(torch._C._get_tracing_state())

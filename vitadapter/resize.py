@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +13,107 @@ from torch import Tensor
 from .backbones.beit import CLASS_DISTANCES
 from .backbones.plain_vit import resize_grid
 
+# Entries of class and distillation tokens before the grid.
+EXTRA_ENTRIES = (0, 1, 2)
+# Grids whose sides differ by more are not looked for.
+_LONGEST = 8
 
-def position_embedding(tokens: Tensor, size: int, prefix: int) -> Tensor:
+
+def position_embedding(
+    tokens: Tensor,
+    size: int,
+    prefix: int,
+    *,
+    grid: tuple[int, int] | None = None,
+    extra: Collection[int] = EXTRA_ENTRIES,
+) -> Tensor:
     """Resizes a learned position embedding bicubically.
 
+    The number of entries does not tell their grid: 145 are 12 x 12 and a class token, or 16 x 9 and
+    one. A grid that is not given is taken to be square, if the entries are a square and as many
+    others as `extra` says, and neighbours below each other in it are alike; otherwise, nothing is.
+
     Args:
-        tokens: [1, P + n * n, D]: P >= 0 entries of class and other tokens, then a square grid.
+        tokens: [1, P + h * w, D]: P entries of class and other tokens, then the grid, row by row.
         size: entries of the result.
-        prefix: entries in front of the result's grid. The first ones of `tokens` are taken; zeros
-            where it has none.
+        prefix: entries in front of the result's square grid. The first ones of `tokens` are taken;
+            zeros where it has none.
+        grid: (h, w); None: a square.
+        extra: values that P may have.
 
     Returns:
         [1, size, D].
 
     Raises:
-        ValueError: tokens or the result holds no square grid.
+        ValueError: tokens do not hold such a grid, or the result no square one.
     """
-    side, target = math.isqrt(tokens.shape[1]), math.isqrt(size - prefix)
-    extra = tokens.shape[1] - side**2
-    if side < 1 or target**2 != size - prefix:
-        raise ValueError(f"pos_embed: expected a square grid, got {tokens.shape[1]} entries")
-    grid = tokens[:, extra:]
-    if side != target:
-        grid = resize_grid(grid.float(), side, (target, target)).to(tokens.dtype)
-    head = tokens[:, : min(prefix, extra)]
+    entries, target = tokens.shape[1], math.isqrt(size - prefix)
+    if target**2 != size - prefix:
+        raise ValueError(f"pos_embed: expected a square grid after {prefix} entries, got {size}")
+    front, shape = _split_entries("pos_embed", entries, grid, extra)
+    positions = tokens[:, front:]
+    if grid is None:
+        check_rows("pos_embed", positions[0], shape, "; say which it is by grid=(rows, columns)")
+    if shape != (target, target):
+        positions = resize_grid(positions.float(), shape, (target, target)).to(tokens.dtype)
+    head = tokens[:, : min(prefix, front)]
     zeros = tokens.new_zeros(1, prefix - head.shape[1], tokens.shape[2])
-    return torch.cat((head, zeros, grid), dim=1)
+    return torch.cat((head, zeros, positions), dim=1)
+
+
+def _split_entries(
+    name: str, entries: int, grid: tuple[int, int] | None, extra: Collection[int]
+) -> tuple[int, tuple[int, int]]:
+    """Entries before the grid, and its sides."""
+    for front in sorted(extra):
+        side = math.isqrt(max(entries - front, 0))
+        shape = (side, side) if grid is None else grid
+        if min(shape) > 0 and front + shape[0] * shape[1] == entries:
+            return front, shape
+    numbers = ", ".join(map(str, sorted(extra)))
+    if grid is None:
+        raise ValueError(
+            f"{name}: expected a square grid after {numbers} entries of class and other tokens, "
+            f"got {entries} entries; if their grid is another one, give it as grid=(rows, columns)"
+        )
+    raise ValueError(
+        f"grid: expected rows x columns that give the {entries} entries of {name} with {numbers} "
+        f"before them, got {grid[0]} x {grid[1]}"
+    )
+
+
+def check_rows(name: str, positions: Tensor, shape: tuple[int, int], remedy: str = "") -> None:
+    """Raises ValueError where the entries of a grid lie in rows of another length.
+
+    Entries of neighbouring places are alike in whatever was trained: the right length of a row is
+    the one for which those below each other are. Random values have no such length.
+
+    Args:
+        name: for the message.
+        positions: [h * w, D].
+        shape: (h, w) as expected.
+        remedy: end of the message.
+    """
+    number, values = len(positions), positions.float()
+
+    def difference(columns: int) -> float:
+        return (values[columns:] - values[:-columns]).square().mean().item()
+
+    lengths = [
+        columns
+        for columns in range(2, number // 2 + 1)
+        if number % columns == 0 and number / _LONGEST <= columns**2 <= number * _LONGEST
+    ]
+    # Few values differ by chance.
+    if values.numel() < 512 or shape[1] not in lengths:
+        return
+    best = min(lengths, key=difference)
+    # Untrained entries: a few percent. Rows of a wrong length: a factor of two and more.
+    if difference(shape[1]) > 1.5 * difference(best):
+        raise ValueError(
+            f"{name}: expected a grid of {shape[0]} x {shape[1]} entries, got values that look "
+            f"like one of {number // best} x {best}{remedy}"
+        )
 
 
 def patch_projection(weight: Tensor, patch_size: int) -> Tensor:
@@ -62,11 +138,13 @@ def bias_table(table: Tensor, rows: int) -> Tensor:
         [rows, heads]; where it needs the class token's rows and `table` has none, they are 0.
 
     Raises:
-        ValueError: one of the sizes is no table's.
+        ValueError: one of the sizes is no table's of a square window, or the values are clearly
+            those of another one.
     """
     side, extra = _table_side(table.shape[0])
     target, target_extra = _table_side(rows)
     grid, classes = table[: side**2], table[side**2 :]
+    check_rows("relative_position_bias_table", grid, (side, side))
     if side != target:
         matrix = spline_matrix(
             _geometric_positions(side, target),
@@ -87,7 +165,8 @@ def _table_side(rows: int) -> tuple[int, int]:
         if side % 2 == 1 and side**2 == rows - extra:
             return side, extra
     raise ValueError(
-        f"relative_position_bias_table: expected (2 n - 1)^2 rows, or 3 more, got {rows}"
+        f"relative_position_bias_table: expected (2 n - 1)^2 rows (a square window), or 3 more, "
+        f"got {rows}"
     )
 
 

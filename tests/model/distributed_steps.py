@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +138,19 @@ def data_parallel(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def data_parallel_warnings(rank: int, folder: Path) -> None:
+    """Saves what a user is told in two steps of fp32, whose convolutions are oneDNN's."""
+    _join(rank, folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = DistributedDataParallel(build().float())
+        for _ in range(2):
+            step(model, global_batch().float())
+    if rank == 0:
+        torch.save([str(each.message) for each in told], folder / "warnings.pth")
+    dist.destroy_process_group()
+
+
 def fully_sharded(rank: int, folder: Path) -> None:
     """One step with each interaction, each ViT block and the rest sharded on their own.
 
@@ -154,4 +168,40 @@ def fully_sharded(rank: int, folder: Path) -> None:
     }
     if rank == 0:
         torch.save(state, folder / "state.pth")
+    dist.destroy_process_group()
+
+
+PARTS = (
+    *("spm", "spm.stem", "spm.stem.0", "spm.stem.1", "spm.conv2", "spm.fc1", "up", "norm1"),
+    *("patch_embed", "blocks.0", "blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.mlp"),
+    *("interactions.0", "interactions.0.injector", "interactions.0.injector.attn"),
+    *("interactions.3", "interactions.3.extractor", "interactions.3.extractor.attn"),
+    *("interactions.3.extractor.ffn", "interactions.3.extractor.ffn.dwconv.dwconv"),
+    "interactions.3.extractor.attn.sampling_offsets",
+)
+# Views of products, as torch.nn.Linear itself returns, or of what was moved.
+VIEWS = ("attn", "mlp", "qkv", "up", "sampling_offsets", "ffn")
+
+
+def each_part_sharded(rank: int, folder: Path) -> None:
+    """The loss and the gradients' length of each part sharded alone, beside the whole model."""
+    _join(rank, folder)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    results = {}
+    for part in (None, *PARTS):
+        model = build()
+        if part is not None:
+            fully_shard(model.get_submodule(part), mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        with warnings.catch_warnings():
+            if part is None or part.rpartition(".")[2] not in VIEWS:
+                warnings.filterwarnings("error", "FSDP2-wrapped module .* returned a view")
+            loss = loss_of(model, global_batch())
+            loss.backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+        length = torch.stack([grad.norm() for grad in whole]).norm()
+        results[part] = torch.stack([loss.detach(), length])
+    if rank == 0:
+        torch.save(results, folder / "results.pth")
     dist.destroy_process_group()

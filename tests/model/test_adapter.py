@@ -177,26 +177,6 @@ def test_activation_checkpointing_changes_no_gradient(build, randomise):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("with_cp", [False, True])
-def test_activation_checkpointing_runs_every_part_again_in_the_backward(build, with_cp):
-    model = build(with_cp=with_cp)
-    parts = [*model.blocks]
-    for interaction in model.interactions:
-        parts += [interaction.injector, interaction.extractor, *interaction.extra_extractors]
-    runs = dict.fromkeys(parts, 0)
-
-    def count(module, args):
-        runs[module] += 1
-
-    for part in parts:
-        # Before it runs: the second run stops at the last tensor that the backward needs.
-        part.register_forward_pre_hook(count)
-    maps = model(_images())
-    assert set(runs.values()) == {1}
-    sum(m.square().mean() for m in maps).backward()
-    assert set(runs.values()) == {2 if with_cp else 1}
-
-
 def test_batch_norms_convert_to_sync_batch_norm_with_the_same_keys(build):
     model = build()
     keys = list(model.state_dict())

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vitadapter
 from vitadapter.backbones.beit import Attention, BEiT, Block
@@ -81,6 +82,60 @@ def test_windows_are_padded_with_zero_tokens_before_qkv(randomise, shape):
                 out = out.unflatten(0, (side, side))
                 expected[image, top : top + side, left : left + side] = out[:rows, :columns]
     torch.testing.assert_close(attention(x, shape), attention.proj(expected.flatten(1, 2)))
+
+
+class _LowRank(nn.Module):
+    """A qkv layer with an update of rank one, as LoRA puts it in a layer's place."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 1, bias=False)
+        self.up = nn.Linear(1, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_layer_in_the_place_of_qkv_counts_and_learns(randomise, windowed):
+    attention = randomise(Attention(DIM, HEADS, side=2, windowed=windowed)).double()
+    plain = copy.deepcopy(attention)
+    attention.qkv = _LowRank(attention.qkv).double()
+    with torch.no_grad():
+        plain.qkv.weight += attention.qkv.up.weight @ attention.qkv.down.weight
+    x = torch.randn(2, 4 if windowed else 5, DIM, dtype=torch.float64)
+    torch.testing.assert_close(attention(x, (2, 2)), plain(x, (2, 2)))
+    attention(x, (2, 2)).square().sum().backward()
+    assert attention.qkv.down.weight.grad.any()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per"
+)
+def test_dynamically_quantised_attention_is_close():
+    torch.backends.quantized.engine = "fbgemm"
+    attention = Attention(DIM, HEADS, side=2, windowed=True)
+    x = torch.randn(2, 4, DIM)
+    with torch.no_grad():
+        expected = attention(x, (2, 2))
+        quantised = torch.ao.quantization.quantize_dynamic(attention, {nn.Linear})
+        assert type(quantised.qkv) is not nn.Linear
+        assert (quantised(x, (2, 2)) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_hooked_qkv_has_the_dtypes_of_a_plain_one_under_autocast(randomise):
+    attention = randomise(Attention(DIM, HEADS, side=2, windowed=True))
+    x = torch.randn(2, 4, DIM)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+            expected = attention(x, (2, 2))
+            handle = attention.qkv.register_forward_hook(lambda module, args, out: None)
+            got = attention(x, (2, 2))
+            handle.remove()
+        assert got.dtype == expected.dtype
+        # The bias is added to a product that was rounded, by 2**-9, for itself.
+        assert (got - expected).norm() < 0.02 * expected.norm()
 
 
 def test_keys_have_no_bias_and_branches_start_almost_off():

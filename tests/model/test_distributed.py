@@ -32,3 +32,21 @@ def test_two_processes_step_like_one(tmp_path, run):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(got[name], value, msg=lambda m, n=name: f"{n}: {m}")
     assert sum(not torch.equal(got[name], value) for name, value in before.items()) > 150
+
+
+def test_data_parallel_training_tells_of_no_warnings(tmp_path):
+    multiprocessing.spawn(
+        distributed_steps.data_parallel_warnings, args=(tmp_path,), nprocs=distributed_steps.RANKS
+    )
+    assert torch.load(tmp_path / "warnings.pth") == []
+
+
+def test_any_part_may_be_sharded_alone(tmp_path):
+    multiprocessing.spawn(
+        distributed_steps.each_part_sharded, args=(tmp_path,), nprocs=distributed_steps.RANKS
+    )
+    results = torch.load(tmp_path / "results.pth")
+    expected = results.pop(None)
+    assert results.keys() == {*distributed_steps.PARTS}
+    for part, got in results.items():
+        torch.testing.assert_close(got, expected, msg=lambda m, part=part: f"{part}: {m}")

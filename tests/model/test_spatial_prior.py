@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from vitadapter.layers.spatial_prior import SpatialPriorModule
+from vitadapter.layers.spatial_prior import SpatialPriorModule, _run
 from vitadapter.layers.upsample import Upsample
 
 
@@ -88,6 +89,100 @@ def test_hooks_and_other_layers_are_called_in_inference(randomise):
             torch.testing.assert_close(got, level)
 
 
+class _Counting(torch.Tensor):
+    """A weight of its own class, as quantised and sharded ones are: it knows convolutions only."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        # Looking at it is free; whatever else computes with it has to be one of the layer's own.
+        if function in (F.conv2d, F.conv_transpose2d, F.batch_norm):
+            _Counting.calls += 1
+        elif getattr(function, "__name__", "") in ("permute", "flatten", "mul", "repeat", "cat"):
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def _of_own_class(layer) -> None:
+    weight = layer.weight.detach().as_subclass(_Counting)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _with_bias(layer) -> None:
+    layer.bias = torch.nn.Parameter(torch.randn(layer.out_channels))
+
+
+class _Halved(torch.nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+_CHANGES = {
+    "bias": _with_bias,
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", _Halved()),
+    "weight norm": parametrizations.weight_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight of another class": _of_own_class,
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_inference_computes_what_a_changed_layer_does(randomise, change):
+    spm = randomise(SpatialPriorModule(width=4, embed_dim=6)).double().eval()
+    for stage in (spm.stem, spm.conv2, spm.conv3, spm.conv4):
+        _CHANGES[change](stage[0])
+    spm.double()
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = spm(images)
+    with torch.no_grad():
+        for got, level in zip(spm(images), expected, strict=True):
+            torch.testing.assert_close(got, level.detach())
+
+
+@pytest.mark.parametrize("change", ["no running statistics", "training norms", "buffers removed"])
+def test_inference_with_batch_statistics(randomise, change):
+    spm = randomise(SpatialPriorModule(width=4, embed_dim=6)).double().eval()
+    for norm in (each for each in spm.modules() if isinstance(each, torch.nn.BatchNorm2d)):
+        if change == "training norms":
+            norm.train()
+            norm.momentum = 0.0  # so that the second pass finds what the first one did
+        else:
+            norm.running_mean = norm.running_var = None
+            norm.track_running_stats = change == "buffers removed"
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = spm(images)
+    with torch.no_grad():
+        for got, level in zip(spm(images), expected, strict=True):
+            torch.testing.assert_close(got, level.detach())
+
+
+@pytest.mark.parametrize("change", ["parametrized", "weight norm", "pruned"])
+def test_a_changed_upsampling_is_the_transposed_convolution(change):
+    up = Upsample(6).double()
+    _CHANGES[change](up)
+    x = torch.randn(1, 6, 3, 5, dtype=torch.float64)
+    expected = F.conv_transpose2d(x, up.weight, up.bias, stride=2)
+    torch.testing.assert_close(up(x), expected)
+    base = torch.randn(1, 6, 6, 10, dtype=torch.float64)
+    torch.testing.assert_close(up.added_to(base, x), expected + base)
+
+
+def test_weights_of_another_class_are_left_to_the_convolution():
+    up, conv = Upsample(6), SpatialPriorModule(width=4, embed_dim=6).eval().conv2
+    x, base = torch.randn(1, 6, 3, 5), torch.zeros(1, 6, 6, 10)
+    before = up(x).detach()
+    for layer in (up, conv[0]):
+        _of_own_class(layer)
+    _Counting.calls = 0
+    with torch.no_grad():
+        for got in (up(x), up.added_to(base, x)):
+            torch.testing.assert_close(torch.Tensor(got), before)
+        conv(torch.randn(1, 4, 16, 24))
+        _run(conv, torch.randn(1, 4, 16, 24))
+    assert _Counting.calls == 6  # two convolutions and their norms, which get what those give
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_upsampling_is_the_transposed_convolution(batch):
     up = Upsample(6).double()
@@ -95,7 +190,6 @@ def test_upsampling_is_the_transposed_convolution(batch):
     torch.testing.assert_close(up(x), F.conv_transpose2d(x, up.weight, up.bias, stride=2))
     assert up(x).is_contiguous(memory_format=torch.channels_last)
     base = torch.randn(batch, 6, 6, 10, dtype=torch.float64)
-    expected = up(x) + base
     base = base.contiguous(memory_format=torch.channels_last)
-    assert up(x, base).data_ptr() == base.data_ptr()
-    torch.testing.assert_close(base, expected.detach())
+    torch.testing.assert_close(up.added_to(base, x), up(x) + base)
+    assert up.added_to(base, x).is_contiguous(memory_format=torch.channels_last)

@@ -132,6 +132,15 @@ def test_every_parameter_that_can_learn_gets_a_gradient(timm, name):
     assert missing == []
 
 
+def test_the_final_norm_learns_where_it_is_used(timm):
+    for norm_taps in (False, True):
+        model = _build("deit_tiny_patch16_224", "detection", norm_taps=norm_taps).train()
+        sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+        norm = model.backbone.model.norm
+        assert norm.weight.requires_grad == norm_taps
+        assert (norm.weight.grad is not None) == norm_taps
+
+
 def test_model_of_one_image_size_takes_another_when_told(timm):
     name = "beit_base_patch16_224"
     model = _build(name, img_size=64)

@@ -54,8 +54,8 @@ _FREE = {
     f"aten.{name}"
     for name in (
         *("_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat", "clone"),
-        *("constant_pad_nd", "copy_", "detach", "empty", "expand", "fill_", "flip", "full"),
-        *("new_empty", "new_full", "permute", "repeat", "select", "slice", "split"),
+        *("constant_pad_nd", "copy_", "detach", "embedding", "empty", "expand", "fill_", "flip"),
+        *("full", "new_empty", "new_full", "permute", "repeat", "select", "slice", "split"),
         *(
             "split_with_sizes",
             "stack",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import linear, project
+from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear, project
 
+from ..images import of_traced_size
 from ..layers.drop_path import DropPath
 from .plain_vit import LAYER_NORM_EPS, Mlp, PatchEmbed
 from .protocol import Grid, Step
@@ -48,16 +49,31 @@ class Attention(SelfAttention):
 
     def forward(self, x: Tensor, shape: Grid) -> Tensor:
         """Maps tokens [B, N, D] to the same shape; N = h*w in windows, else 1 + h*w."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         logits_bias = self.position_bias()
 
         def attention(tokens: Tensor) -> Tensor:
-            qkv = linear(tokens, self.qkv.weight, bias)
+            qkv = self._project(tokens)
             return attend(qkv, self.num_heads, logits_bias.to(qkv.dtype))
 
         if self.window_size is None:
             return project(self.proj, attention(x))
         return project(self.proj, in_windows(attention, x, shape, self.window_size))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values with their biases, by one product where qkv is a plain layer."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        layer: Any = self.qkv
+        if (
+            type(layer) is nn.Linear
+            and layer.bias is None
+            and is_plain_tensor(layer.weight)
+            and is_plain_tensor(bias)
+            and is_untouched(layer)
+        ):
+            return linear(x, layer.weight, bias)
+        qkv: Tensor = layer(x)
+        # Under autocast the product is 16 bits wide, and so is the sum that F.linear makes.
+        return qkv + bias.to(qkv.dtype)
 
     def position_bias(self) -> Tensor:
         """The biases of all pairs, [1, heads, N, N].
@@ -178,6 +194,8 @@ class BEiT(nn.Module):
                 f"position biases serve one size), got {images.shape[2]}x{images.shape[3]}; cut "
                 "larger images into such windows, or build the model with another img_size"
             )
+        if self.img_size is not None:
+            images = of_traced_size(images)
         patches = self.patch_embed(images)
         shape = (patches.shape[2], patches.shape[3])
         tokens = patches.flatten(2).transpose(1, 2).contiguous()

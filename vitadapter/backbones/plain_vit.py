@@ -201,23 +201,23 @@ class PlainViT(nn.Module):
 
     def position_tokens(self, shape: tuple[int, int]) -> Tensor:
         """The position grid resized to `shape` = (h, w), bicubically: [1, h*w, D]."""
-        return resize_grid(self.pos_embed[:, 1:], self.pretrain_grid, shape)
+        return resize_grid(self.pos_embed[:, 1:], (self.pretrain_grid,) * 2, shape)
 
 
-def resize_grid(tokens: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
-    """Resizes a square grid of positions bicubically.
+def resize_grid(tokens: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Resizes a grid of positions bicubically.
 
     Args:
-        tokens: [1, side * side, D].
-        side: of the given grid.
+        tokens: [1, rows * columns, D].
+        grid: (rows, columns) of the given grid.
         shape: (h, w) of the result.
 
     Returns:
         [1, h * w, D].
     """
-    grid = tokens.transpose(1, 2).reshape(1, -1, side, side)
-    grid = F.interpolate(grid, size=shape, mode="bicubic", align_corners=False)
-    return grid.flatten(2).transpose(1, 2)
+    positions = torch.unflatten(tokens.transpose(1, 2), 2, grid)
+    positions = F.interpolate(positions, size=shape, mode="bicubic", align_corners=False)
+    return positions.flatten(2).transpose(1, 2)
 
 
 def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..images import of_traced_size
 from .protocol import Grid, Step
 
 
@@ -25,6 +26,7 @@ class TimmViT(nn.Module):
         pretrained: load timm's weights.
         img_size: for models of one image size; None: the size timm gives them.
         model_args: further arguments for timm.create_model.
+        with_norm: the final norm is used.
 
     Attributes:
         model: timm's model.
@@ -41,9 +43,16 @@ class TimmViT(nn.Module):
         pretrained: bool,
         img_size: int | tuple[int, int] | None,
         model_args: dict[str, Any],
+        with_norm: bool,
     ) -> None:
         super().__init__()
         self.model = _create(model, pretrained, img_size, model_args)
+        # What comes after the blocks does not run here; data-parallel training expects gradients of
+        # all parameters that require them.
+        for name in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
+            part = getattr(self.model, name, None)
+            if isinstance(part, nn.Module) and not (with_norm and name == "norm"):
+                part.requires_grad_(False)
         self.embed_dim = self.model.embed_dim
         self.depth = len(self.model.blocks)
         self.patch_size = self.model.patch_embed.patch_size[0]
@@ -60,6 +69,10 @@ class TimmViT(nn.Module):
         Raises:
             ValueError: the model serves one image size, and these images have another.
         """
+        if images.shape[0] == 0:
+            # timm leaves a size for view to find out, which it cannot without images.
+            tokens, shape, steps = self.start(images.new_zeros(1, *images.shape[1:]))
+            return tokens[:0], shape, [partial(_beside_a_blank, step) for step in steps]
         model = self.model
         height, width = images.shape[2:]
         embed = model.patch_embed
@@ -68,6 +81,8 @@ class TimmViT(nn.Module):
                 f"images: expected {embed.img_size[0]}x{embed.img_size[1]} pixels, the one size "
                 f"that this timm model serves (img_size), got {height}x{width}"
             )
+        if embed.strict_img_size:
+            images = of_traced_size(images)
         shape = (height // self.patch_size, width // self.patch_size)
         x = embed(images)
         if not hasattr(model, "_pos_embed"):  # BEiT, whose positions live in its blocks
@@ -88,6 +103,11 @@ class TimmViT(nn.Module):
             ]
             return model.norm_pre(x), shape, steps
         return model.norm_pre(model.patch_drop(x)), shape, list(model.blocks)
+
+
+def _beside_a_blank(step: Step, x: Tensor) -> Tensor:
+    """step(x) of no images, by way of one of which nothing is kept; gradients are zero."""
+    return step(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
 
 
 def _create(
@@ -124,10 +144,4 @@ def _create(
     rows, columns = model.patch_embed.patch_size
     if rows != columns:
         raise ValueError(f"name: expected square patches, got {rows}x{columns} pixels")
-    # What comes after the blocks does not run here; data-parallel training expects gradients of
-    # all parameters that require them.
-    for name in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
     return model

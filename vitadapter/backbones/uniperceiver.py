@@ -100,9 +100,10 @@ class _PatchEmbed(nn.Module):
         """Maps images to tokens [B, h*w, D] and the grid (h, w)."""
         patches = self.proj(images)
         shape = (patches.shape[2], patches.shape[3])
-        positions = resize_grid(self.spatial_pos_embed.weight[None], self.grid, shape)
+        places = torch.arange(self.grid**2, device=images.device)
+        positions = resize_grid(self.spatial_pos_embed(places)[None], (self.grid,) * 2, shape)
         tokens = patches.flatten(2).transpose(1, 2).contiguous()
-        return tokens + positions + self.temporal_pos_embed.weight[0], shape
+        return tokens + positions + self.temporal_pos_embed(places[:1]), shape
 
 
 class _VisualEmbed(nn.Module):

@@ -39,11 +39,16 @@ def attend(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
         [B, N, D].
     """
     batch, tokens, width = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    # No size is left to view to find out: it cannot without images.
+    heads = qkv.view(batch, tokens, 3, num_heads, width // 3 // num_heads)
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
     if bias is None:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if batch == 0:
+            # torch has left the bias out, whose gradient is zero and not None.
+            out = out + bias.sum()
     return out.transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
@@ -70,6 +75,7 @@ def in_windows(
     padded = F.pad(x.view(batch, h, w, width), (0, 0, 0, columns * side - w, 0, rows * side - h))
     windows = padded.view(batch, rows, side, columns, side, width).transpose(2, 3)
     out = function(windows.reshape(batch * rows * columns, side * side, width))
-    out = out.view(batch, rows, columns, side, side, -1).transpose(2, 3)
-    out = out.reshape(batch, rows * side, columns * side, -1)
-    return corner(out, h, w).reshape(batch, h * w, -1)
+    width = out.shape[2]
+    out = out.view(batch, rows, columns, side, side, width).transpose(2, 3)
+    out = out.reshape(batch, rows * side, columns * side, width)
+    return corner(out, h, w).reshape(batch, h * w, width)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vitadapter_ops.linear import project
 
 from .attention.dense import Shapes
+from .convolution import Conv2d
 from .drop_path import DropPath
 
 LAYER_NORM_EPS = 1e-6
@@ -68,7 +69,7 @@ class DWConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
+        self.dwconv = Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         """Maps tokens [B, sum(H*W), channels] of the levels `shapes` to the same shape."""
@@ -204,7 +205,8 @@ class Interaction(nn.Module):
             tap_norm: normalises the ViT tokens that extractors get.
 
         Returns:
-            The new x and c, and what the extractors got, [B, h*w, D].
+            The new x and c, and x as the extractors got it, but with the prefix, [B, prefix + h*w,
+            D].
         """
         x_shapes, c_shapes = [geometry.x_shape], geometry.c_shapes
         with torch.no_grad() if self.freeze_vit else nullcontext():
@@ -214,16 +216,23 @@ class Interaction(nn.Module):
                 x = torch.cat((head, body), dim=1) if prefix else body
             for step in steps:
                 x = self._run(step, x)
-            body = (x if tap_norm is None else tap_norm(x))[:, prefix:]
+            tap = x if tap_norm is None else tap_norm(x)
+        body = tap[:, prefix:]
         for extractor in (self.extractor, *self.extra_extractors):
             if extractor is not None:
                 c = self._run(extractor, c, c_shapes, body, x_shapes, geometry.c_points)
-        return x, c, body
+        # No view: FSDP2 warns of a module that returns one.
+        return x, c, tap
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        return run(function, *args, with_cp=self.with_cp)
+
+
+def run(function: Callable[..., Tensor], *args: Any, with_cp: bool) -> Tensor:
+    """function(*args); with_cp: the backward pass computes its activations once more."""
+    if with_cp and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
 
 
 def embed_levels(pyramid: Sequence[Tensor], level_embed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import is_untouched
+from vitadapter_ops.linear import is_plain_tensor, is_untouched
 
 
 class SpatialPriorModule(nn.Module):
@@ -62,13 +62,13 @@ def _run(stage: nn.Sequential, x: Tensor) -> Tensor:
     A norm of running statistics is a factor and a shift for each channel. In the convolution's
     weights they cost nothing; on their own, a pass over each of the largest maps.
     """
-    if torch.is_grad_enabled() or not is_untouched(stage):
+    if torch.is_grad_enabled() or type(stage) is not nn.Sequential or not is_untouched(stage):
         result: Tensor = stage(x)
         return result
     layers: list[Any] = list(stage)
     while layers:
         layer = layers.pop(0)
-        if type(layer) is nn.Conv2d and layers and _is_affine(layers[0]):
+        if _is_product(layer) and layers and _is_affine(layers[0]):
             norm = layers.pop(0)
             dtype = layer.weight.dtype
             wide = torch.promote_types(dtype, torch.float32)
@@ -81,13 +81,23 @@ def _run(stage: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
+def _is_product(layer: Any) -> bool:
+    """Whether the layer is a convolution without a bias, of a weight like any other.
+
+    Parametrizations and quantisers put another type of layer in its place, or of weight into it.
+    """
+    return type(layer) is nn.Conv2d and layer.bias is None and is_plain_tensor(layer.weight)
+
+
 def _is_affine(norm: Any) -> bool:
     """Whether the norm multiplies and shifts each channel by numbers that do not depend on it."""
     return (
         type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and norm.affine
-        and norm.track_running_stats
         and not norm.training
+        and all(
+            is_plain_tensor(tensor)
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
     )
 
 
@@ -102,5 +112,6 @@ def _exact(x: Tensor, images: Tensor, stride: int) -> Tensor:
 
 
 def _conv_bn_relu(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
+    # The ReLU writes a map of its own: a hook may have kept the norm's.
     conv = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
-    return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    return conv, nn.BatchNorm2d(outputs), nn.ReLU()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import linear
+from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -21,21 +21,40 @@ class Upsample(nn.ConvTranspose2d):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, kernel_size=2, stride=2)
 
-    def forward(  # type: ignore[override]  # no output_size: a 2x2 kernel has one
-        self, x: Tensor, base: Tensor | None = None
-    ) -> Tensor:
-        """Maps [B, D, H, W] to [B, D, 2H, 2W], channels last in memory.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # 2x2 kernels: one size
+        """Maps [B, D, H, W] to [B, D, 2H, 2W], channels last in memory."""
+        if not self._is_linear():
+            return super().forward(x)
+        return self._joined(self._pixels(x))
 
-        To a map `base` of that size the result is added in place: large maps cost most where their
-        memory is touched for the first time.
+    def added_to(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + self(x); where nobody looks at self(x), in one pass over the large map.
+
+        Args:
+            base: [B, D, 2H, 2W], channels last in memory.
+            x: [B, D, H, W].
         """
+        if not is_untouched(self) or not self._is_linear():
+            result: Tensor = base + self(x)
+            return result
+        pixels = self._pixels(x)
+        # A view, as base is channels last.
+        return self._joined(base.permute(0, 2, 3, 1).reshape(pixels.shape) + pixels)
+
+    def _is_linear(self) -> bool:
+        # Tensors of other classes know the convolution, and not always what is done here.
+        return is_plain_tensor(self.weight) and is_plain_tensor(self.bias)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """The result as [B, H, 2, W, 2, D], a view of a product."""
         batch, _, h, w = x.shape
         assert self.bias is not None
         # [in, out, 2, 2] -> [2, 2, out, in]
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
         y = linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        y = y.view(batch, h, w, 2, 2, -1).transpose(2, 3)
-        if base is not None:
-            # A view, as base is channels last.
-            y = base.permute(0, 2, 3, 1).reshape(y.shape).add_(y)
-        return y.reshape(batch, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+        return y.view(batch, h, w, 2, 2, self.out_channels).transpose(2, 3)
+
+    @staticmethod
+    def _joined(pixels: Tensor) -> Tensor:
+        batch, h, _, w, _, channels = pixels.shape
+        return pixels.reshape(batch, 2 * h, 2 * w, channels).permute(0, 3, 1, 2)

@@ -63,8 +63,8 @@ class ProjectedAttention(nn.Module):
         raise NotImplementedError
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        return x.view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        batch, tokens, width = x.shape
+        return x.view(batch, tokens, self.num_heads, width // self.num_heads).transpose(1, 2)
 
 
 class DenseAttention(ProjectedAttention):
