@@ -52,16 +52,19 @@ def pad(images: Tensor, multiple: int) -> Tensor:
 def crop(
     maps: Sequence[Tensor], strides: Sequence[int], images: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts of the four maps that the images cover."""
+    """The parts of the four maps that the images cover; in training no views.
+
+    FSDP2 warns of views, for the gradient's hook is lost where one is changed in place.
+    """
     height, width = images.shape[-2:]
     parts = []
-    for m, stride in zip(maps, strides, strict=True):
+    for part, stride in zip(maps, strides, strict=True):
         rows, columns = ceil_div(height, stride), ceil_div(width, stride)
-        if not is_symbolic(m) and m.shape[2:] == (rows, columns):
-            # No view: FSDP2 warns of a module that returns one.
-            parts.append(m)
-        else:
-            parts.append(corner(m.permute(0, 2, 3, 1), rows, columns).permute(0, 3, 1, 2))
+        if is_symbolic(part) or part.shape[2:] != (rows, columns):
+            part = corner(part.permute(0, 2, 3, 1), rows, columns).permute(0, 3, 1, 2)
+        if not torch.compiler.is_compiling() and part.requires_grad and part._is_view():
+            part = part.clone(memory_format=torch.channels_last)
+        parts.append(part)
     f1, f2, f3, f4 = parts
     return f1, f2, f3, f4
 

@@ -214,9 +214,23 @@ def is_plain_tensor(x: object) -> bool:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by `linear` where the layer is a plain one."""
+    """layer(x), by `linear` where the layer is a plain one.
+
+    In training the result of a plain layer is no view, as that of F.linear is: modules return it,
+    and FSDP2 warns of modules that return views.
+    """
     if not is_plain(layer):
         result: Tensor = layer(x)
         return result
     plain: Any = layer
+    if (
+        torch.is_grad_enabled()
+        and _ops.is_plain()
+        and is_plain_tensor(x)
+        and x.dim() > 2
+        and x.is_contiguous()
+    ):
+        rows = linear(x.flatten(0, -2), plain.weight, plain.bias)
+        joined: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[1]])
+        return joined
     return linear(x, plain.weight, plain.bias)

@@ -179,8 +179,8 @@ PARTS = (
     *("interactions.3.extractor.ffn", "interactions.3.extractor.ffn.dwconv.dwconv"),
     "interactions.3.extractor.attn.sampling_offsets",
 )
-# Views of products, as torch.nn.Linear itself returns, or of what was moved.
-VIEWS = ("attn", "mlp", "qkv", "up", "sampling_offsets", "ffn")
+# torch.nn.Linear itself returns a view, and upsampling one of what it moved.
+VIEWS = ("qkv", "up", "sampling_offsets")
 
 
 def each_part_sharded(rank: int, folder: Path) -> None:

@@ -42,6 +42,14 @@ def test_odd_sizes_are_padded_with_zeros_at_the_bottom_and_right_and_cropped(bui
             assert torch.equal(got, full[:, :, : math.ceil(70 / stride), : math.ceil(101 / stride)])
 
 
+@pytest.mark.parametrize("size", [(64, 96), (70, 33)], ids=["whole", "cropped"])
+@pytest.mark.parametrize("num_interactions", [4, 0], ids=["adapter", "baseline"])
+def test_maps_of_training_are_no_views(build, num_interactions, size):
+    # The baselines' group norms need 32 channels.
+    maps = build(num_interactions=num_interactions, embed_dim=96)(torch.randn(2, 3, *size))
+    assert not any(m._is_view() for m in maps)
+
+
 def test_batch_entries_do_not_see_each_other(build, randomise):
     model = randomise(build("detection")).double().eval()
     images = _images().double()

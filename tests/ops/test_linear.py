@@ -355,3 +355,14 @@ def test_layers_of_torchscript_are_called(kind):
     assert not is_untouched(nn.Sequential(other))
     with torch.no_grad():
         torch.testing.assert_close(project(other, x), expected)
+
+
+def test_results_of_training_are_no_views_and_have_the_layers_gradients():
+    layer = torch.nn.Linear(8, 6)
+    for x in (torch.randn(2, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(0, 5, 8)):
+        tensors = (x.requires_grad_(), layer.weight, layer.bias)
+        results = [call(x) for call in (lambda x: project(layer, x), layer)]
+        assert not results[0]._is_view()
+        assert torch.equal(*results)
+        grads = [torch.autograd.grad(result.sin().sum(), tensors) for result in results]
+        assert all(map(torch.equal, *grads))
