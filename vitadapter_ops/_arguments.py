@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from . import _checks
 
 
@@ -41,10 +39,7 @@ def checked(schema: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         for index, name in names.items():
             if given[index] is not None:
                 _checks.device(name, given[index], device, "value")
-                if given[index].layout != torch.strided:
-                    raise ValueError(
-                        f"{name}: expected a dense tensor, got layout {given[index].layout}"
-                    )
+                _checks.dense(name, given[index])
         return kernel(*given)
 
     return check

@@ -32,8 +32,9 @@ def kind(
     """All that the checks of a call look at, for a call of the most usual form; otherwise None.
 
     That is sizes as lists or tuples of Python integers, and tensors of no class of their own. What
-    passed the checks once need not be checked again when it comes with the same kind. Iterates
-    over nothing that the checks themselves would not accept.
+    passed the checks once need not be checked again when it comes with the same kind. But for
+    layouts, which the operators check themselves. Iterates over nothing that the checks would not
+    accept.
     """
     if type(spatial_shapes) not in _PLAIN or type(backend) is not str:
         return None
@@ -61,7 +62,7 @@ def kind(
             if tensor is None:
                 parts.append(None)
             elif type(tensor) is Tensor:
-                parts += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+                parts += (tensor.shape, tensor.dtype, tensor.device)
             else:
                 return None
     except RuntimeError:  # nested tensors have no shape
@@ -79,8 +80,13 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {_described(value)}")
     if torch.compiler.is_compiling():
         return  # Dynamo does not let the backward of an autograd.Function ask for a layout
-    if value.layout != torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    dense(name, value)
+
+
+def dense(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the elements of `tensor` lie in memory one beside the other."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise ValueError(f"{name}: expected a dense tensor, got one of layout {layout}")
 
 

@@ -7,21 +7,24 @@ torch has a class of its own, which people's handlers look for.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 # How torch's allocators for GPUs begin, and csrc/allocation.h where torch does not tell its text.
 _PHRASES = ("CUDA out of memory", "HIP out of memory")
 
 
-def explained(error: RuntimeError) -> torch.OutOfMemoryError | None:
-    """The error that torch itself would have raised in the place of one from a native operator.
+def explain(error: RuntimeError) -> NoReturn:
+    """Raises, with the same text, what torch itself would have raised in the place of an error.
 
     Args:
         error: what an operator of the native libraries raised.
 
-    Returns:
-        What to raise instead, with the same text; None where `error` is right as it is.
+    Raises:
+        torch.OutOfMemoryError: it tells that a GPU has no memory left.
+        RuntimeError: it tells anything else, and is right as it is.
     """
     if type(error) is RuntimeError and str(error).startswith(_PHRASES):
-        return torch.OutOfMemoryError(str(error))
-    return None
+        raise torch.OutOfMemoryError(str(error)) from error
+    raise error

@@ -154,9 +154,7 @@ def _below_autograd(op: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
     except RuntimeError as error:
-        if explained := _memory.explained(error):
-            raise explained from error
-        raise
+        _memory.explain(error)
 
 
 _eager: dict[str, Callable[..., Any]] = {}
@@ -191,7 +189,12 @@ def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
     def shortened(*arguments: Any) -> Any:
         if _is_recorded(arguments):
             return differentiable.apply(below, *arguments)
-        return _below_autograd(op, *arguments)
+        # As _below_autograd, for one Python call less.
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+        except RuntimeError as error:
+            _memory.explain(error)
 
     return shortened
 

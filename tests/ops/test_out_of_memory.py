@@ -150,9 +150,9 @@ grad = torch.ones(1, 8, 128, dtype=torch.bfloat16)
     ],
 )
 def test_on_a_gpu_it_is_an_error_of_torchs_class(text):
-    explained = _memory.explained(RuntimeError(text))
-    assert type(explained) is torch.cuda.OutOfMemoryError
-    assert str(explained) == text
+    with pytest.raises(torch.cuda.OutOfMemoryError) as raised:
+        _memory.explain(RuntimeError(text))
+    assert str(raised.value) == text
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,9 @@ def test_on_a_gpu_it_is_an_error_of_torchs_class(text):
     ],
 )
 def test_what_is_right_already_stays_as_it_is(error):
-    assert _memory.explained(error) is None
+    with pytest.raises(type(error)) as raised:
+        _memory.explain(error)
+    assert raised.value is error
 
 
 def test_handlers_of_torchs_class_see_what_an_operator_raises(monkeypatch):
