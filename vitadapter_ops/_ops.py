@@ -165,10 +165,21 @@ def caller(op: str, plain: bool) -> Callable[..., Any]:
     """What calls the operator `op`; for plain calls the same result at half the host's time."""
     if plain:
         return _eager[op]
+    operator = getattr(torch.ops.vitadapter_ops, op)
+    if not torch._C._get_tracing_state():
+        return operator
     # With dynamo=True the exporter takes a program's operators apart later.
-    if torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
-        return _composites[op]
-    return getattr(torch.ops.vitadapter_ops, op)
+    return (
+        _composites[op] if torch.onnx.is_in_onnx_export() else functools.partial(_traced, operator)
+    )
+
+
+def _traced(op: Any, value: Tensor, *arguments: Any) -> Any:
+    """Calls an operator while torch.jit traces, which makes all sizes constants.
+
+    The graph fails where the pixels of value are not as many: its levels would be wrong ones.
+    """
+    return op(value.expand(-1, int(value.shape[1]), -1, -1), *arguments)
 
 
 def _is_recorded(arguments: tuple[Any, ...]) -> bool:

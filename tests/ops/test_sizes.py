@@ -181,5 +181,10 @@ def test_traced_sizes_are_those_of_the_example():
 
     maps = torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)
     traced = torch.jit.trace(function, (*maps, *inputs.tensors))
-    other = inputs.value.flip(0), *inputs.tensors[1:]
-    assert torch.equal(traced(*maps, *other), function(*maps, *other))
+    value, *points = inputs.tensors
+    assert torch.equal(
+        traced(*maps, value.flip(0), *points), function(*maps, value.flip(0), *points)
+    )
+    larger = torch.zeros(1, 1, 8, 6), maps[1]
+    with pytest.raises(RuntimeError, match="expanded size"):
+        traced(*larger, torch.cat((value, value[:, :24]), 1), *points)
