@@ -237,7 +237,7 @@ def _levels(
     Raises:
         ValueError: value is none that the kernels know, or one would read beyond it.
     """
-    _expect_dense("value", value)
+    _checks.dense("value", value)
     _checks.rank("value", value, "B, S, M, D")
     _checks.dtype("value", value, _checks.FLOATING)
     return _table(value.shape[1], tuple(spatial_shapes), tuple(level_start_index))
@@ -267,11 +267,6 @@ def _table(
     return levels
 
 
-def _expect_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-
-
 def _expect(
     name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *dtypes: torch.dtype
 ) -> None:
@@ -280,7 +275,7 @@ def _expect(
     Raises:
         ValueError: layout, shape, device or dtype is none that the kernels know.
     """
-    _expect_dense(name, tensor)
+    _checks.dense(name, tensor)
     if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != like.device:
         kinds = dict.fromkeys(map(str, dtypes))
         raise ValueError(
