@@ -260,8 +260,8 @@ def _table(
             raise ValueError(f"spatial_shapes[{level}]: expected H, W >= 1, got {height, width}")
         if start < 0 or start + height * width > pixels:
             raise ValueError(
-                f"level_start_index[{level}]: expected {height} x {width} pixels from it to lie "
-                f"inside value.shape[1] = {pixels}, got {start}"
+                f"level_start_index[{level}]: expected {height} x {width} pixels (from "
+                f"spatial_shapes) from it to lie inside the {pixels} of value, got {start}"
             )
         levels += (height, width, start)
     return levels
