@@ -122,8 +122,12 @@ class Argument {
   Argument(const char* name, const Tensor& tensor) : name_(name) {
     const AtenTensorHandle handle = tensor.get();
     int32_t layout = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
-    if (layout != aoti_torch_layout_strided()) {
+    bool defined = false;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined));
+    if (!defined) fail(name_, ": expected a tensor, got none");
+    // A layout that the stable ABI does not know is an error there.
+    if (aoti_torch_get_layout(handle, &layout) != TORCH_SUCCESS ||
+        layout != aoti_torch_layout_strided()) {
       fail(name_, ": expected a dense tensor, got one with another layout than torch.strided");
     }
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));

@@ -123,7 +123,7 @@ struct ForwardParams {
   // inputs
   const value_t* value;  // [B, S, M, D]
   ValueStrides stride;
-  const bool* mask;  // [B, S], true where value reads as zero; or null (always for Located)
+  const uint8_t* mask;  // [B, S], not 0 where value reads as zero; or null (always for Located)
   Points points;
   // outputs
   value_t* out;      // [B, Q, M, D], every element is written
@@ -141,7 +141,7 @@ struct BackwardParams {
   const value_t* grad_out;  // [B, Q, M, D]
   const value_t* value;     // [B, S, M, D]
   ValueStrides stride;
-  const bool* mask;  // [B, S] or null
+  const uint8_t* mask;  // [B, S] or null
   Points points;
   // outputs
   // [B, S, M, D], or null; CPU and deterministic CUDA: written; CUDA: zeroed by the caller, added

@@ -209,8 +209,8 @@ struct OffsetsTensors {
     if (scale_in.has_value()) scale = as_contiguous(*scale_in);
   }
 
-  const bool* mask_ptr() const {
-    return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+  const uint8_t* mask_ptr() const {
+    return mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
   }
 
   template <typename point_t>

@@ -218,7 +218,7 @@ def _register_one(
 ) -> None:
     LIB.define(f"{op}{schema}")
     impl(LIB, op, "CompositeExplicitAutograd")(kernel)
-    register_fake(f"vitadapter_ops::{op}", _arguments.checked(schema, fake), lib=LIB)
+    register_fake(f"vitadapter_ops::{op}", _arguments.checked(schema, fake, fake=True), lib=LIB)
 
 
 def _register_autograd(op: str, function: Any, transformed: Callable[..., Any]) -> None:

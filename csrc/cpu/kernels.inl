@@ -541,14 +541,16 @@ void place(const Problem& n, const Block<acc>& block, int64_t first, int64_t tot
 
 // Which corners of the tile's points `mask` [S] hides.
 template <typename acc>
-void mark_masked(const Problem& n, const bool* mask, int64_t total, Tile<acc>& tile) {
+void mark_masked(const Problem& n, const uint8_t* mask, int64_t total, Tile<acc>& tile) {
   tile.masked.resize(total);
   for (int64_t j = 0; j < total; ++j) {
     int bits = 0;
     if (tile.pixel[j] != n.pixels) {
-      const bool* top = mask + tile.pixel[j];
-      const bool* bottom = top + tile.down[j];
-      bits = top[0] | top[tile.right[j]] << 1 | bottom[0] << 2 | bottom[tile.right[j]] << 3;
+      const uint8_t* top = mask + tile.pixel[j];
+      const uint8_t* bottom = top + tile.down[j];
+      const int64_t right = tile.right[j];
+      bits = (top[0] != 0) | (top[right] != 0) << 1 | (bottom[0] != 0) << 2 |
+             (bottom[right] != 0) << 3;
     }
     tile.masked[j] = static_cast<uint8_t>(bits);
   }
@@ -569,7 +571,7 @@ acc non_finite(const acc* numbers, int64_t count) {
 // Turns points whose corners are all masked into points outside. For finite numbers the zeros that
 // are read in the place of masked pixels do the same.
 template <typename acc>
-void drop_masked(const Problem& n, const bool* mask, int64_t total, Tile<acc>& tile) {
+void drop_masked(const Problem& n, const uint8_t* mask, int64_t total, Tile<acc>& tile) {
   mark_masked(n, mask, total, tile);
   for (int64_t j = 0; j < total; ++j) {
     if (tile.masked[j] != 15) continue;
@@ -635,7 +637,7 @@ class Planes {
   }
 
   // The mask [S] that a tile has to ask; null where there is none, or where copies obey it.
-  const bool* mask_to_ask() const { return packed_ ? nullptr : mask_; }
+  const uint8_t* mask_to_ask() const { return packed_ ? nullptr : mask_; }
 
   // Calls use(Plane) for head h of the part.
   template <typename Use>
@@ -676,9 +678,9 @@ class Planes {
   const Problem& n_;
   const value_t* value_;
   ValueStrides stride_;
-  const bool* masks_;  // [B, S] or null
+  const uint8_t* masks_;  // [B, S] or null
   const value_t* lying_ = nullptr;
-  const bool* mask_ = nullptr;
+  const uint8_t* mask_ = nullptr;
   bool packed_ = false;
   Buffer<acc> copy_;
   Buffer<value_t> zeros_;
@@ -758,7 +760,7 @@ VITADAPTER_HD void for_each_tile(const Problem& n, const Part& part, const Use& 
 // Fetches, places and samples tile by tile: what both directions do with the points of a part.
 // Calls use(h, q, first, queries) for tiles as for_each_tile, placed.
 template <bool kBackward, typename Params, typename acc, typename Use>
-VITADAPTER_HD void for_each_placed_tile(const Params& p, const Part& part, const bool* mask,
+VITADAPTER_HD void for_each_placed_tile(const Params& p, const Part& part, const uint8_t* mask,
                                         const LevelsOfPoints<acc>& levels, int64_t ahead,
                                         Block<acc>& block, Tile<acc>& tile, const Use& use) {
   const Problem& n = p.problem;
@@ -988,7 +990,7 @@ void backward_value(const BackwardParams<value_t, Points, value_t>& p, cpu::Cut 
       }
       value_t* grad =
           p.grad_value + ((all.b * n.pixels + band.first) * n.heads + all.head) * n.channels;
-      const bool* mask = p.mask == nullptr ? nullptr : p.mask + all.b * n.pixels + band.first;
+      const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + all.b * n.pixels + band.first;
       const acc zeros[N * NV] = {};
       const int64_t seen = span.seen, width = N * NV - seen;
       with_width<N>(width, [&](auto w) {

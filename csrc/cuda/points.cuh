@@ -198,7 +198,7 @@ struct Stage {
   // whole warp, and the warp to be synchronised before the Samples are read.
   template <bool MASKED, typename SomeRow>
   __device__ __forceinline__ static int place(const Problem& n, const Plan& plan,
-                                              const SomeRow& row, const bool* mask, int first,
+                                              const SomeRow& row, const uint8_t* mask, int first,
                                               int points, int lane, sample* samples,
                                               Placed<acc> placed[kEach]) {
     // All are asked for before the first is used.
@@ -254,7 +254,7 @@ struct Stage {
   using index_t = typename group::index_t;
 
   // False where all four corners are masked.
-  __device__ __forceinline__ static bool leave_out_masked(const bool* mask, sample& s,
+  __device__ __forceinline__ static bool leave_out_masked(const uint8_t* mask, sample& s,
                                                           uint32_t& masked) {
     index_t readable = 0;
 #pragma unroll

@@ -179,9 +179,9 @@ struct GroupRow {
   bool exists;
   RowIndex<index_t> index;
   int points;
-  const bool* mask;  // of the row's image, or null
+  const uint8_t* mask;  // of the row's image, or null
 
-  __device__ __forceinline__ GroupRow(const Problem& n, const Plan& plan, const bool* masks,
+  __device__ __forceinline__ GroupRow(const Problem& n, const Plan& plan, const uint8_t* masks,
                                       int64_t first, int lane)
       : exists(first + lane / Group::kLanes < n.rows()),
         index(n, plan.order, static_cast<index_t>(exists ? first + lane / Group::kLanes : 0)),

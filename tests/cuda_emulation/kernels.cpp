@@ -75,7 +75,7 @@ Params make_params(const Numbers& sizes, const Numbers& levels, const Numbers& s
   p.problem = make_problem(sizes, levels);
   p.value = at<typename Params::value_t>(rest[0]);
   p.stride = {strides[0], strides[1], strides[2]};
-  p.mask = at<bool>(rest[1]);
+  p.mask = at<uint8_t>(rest[1]);
   read(p.points, points, layout);
   return p;
 }

@@ -402,3 +402,23 @@ def test_autocast_leaves_every_argument_in_its_precision():
         [torch.float32] * 4 + [torch.bool],
         [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16, torch.bool],
     ]
+
+
+@pytest.mark.parametrize("byte", [1, 2, 255])
+def test_any_byte_but_zero_of_a_mask_is_true(backend, byte):
+    """torch takes it so, and a mask may be a view of bytes."""
+    device, name = backend
+    inputs = next(c for c in cases.OFFSETS if c.masked).inputs().to(torch.float32, device)
+    mask = inputs.padding_mask
+    odd = (mask.to(torch.uint8) * byte).view(torch.bool)
+
+    def compute(mask):
+        tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
+        names = ("value", "reference_points", "sampling_offsets", "attention_logits")
+        changed = dataclasses.replace(
+            inputs, **dict(zip(names, tensors, strict=True)), padding_mask=mask
+        )
+        out = call(changed, name)
+        return out, *torch.autograd.grad(out.sin().sum(), tensors)
+
+    assert all(map(torch.equal, compute(odd), compute(mask)))

@@ -11,7 +11,6 @@ import torch
 
 import cases
 import vitadapter_ops
-from vitadapter_ops import _arguments
 
 OPS = torch.ops.vitadapter_ops
 LOCATED = [
@@ -144,23 +143,6 @@ def test_a_level_table_that_does_not_fit_is_named():
         OPS.ms_deform_attn_from_offsets(*given, False)
 
 
-def test_a_kernel_in_python_sees_only_dense_tensors_of_one_device():
-    schema = "(Tensor grad_output, Tensor value, int[] sizes, Tensor? padding_mask) -> (Tensor)"
-    kernel = _arguments.checked(schema, lambda *given: given)
-    here, away = torch.ones(2, 2), torch.ones(2, 2, device="meta")
-    assert kernel(here, here, [1], None) == (here, here, [1], None)
-    assert kernel(away, away, [1], away)[0] is away
-    for name, given in (
-        ("grad_output", (away, here, [1], None)),
-        ("padding_mask", (here, here, [1], away)),
-        ("grad_output", (here, away, [1], away)),
-    ):
-        with pytest.raises(ValueError, match=rf"^{name}: expected device .*, got "):
-            kernel(*given)
-    with pytest.raises(ValueError, match=r"^value: expected a dense tensor, got .*sparse"):
-        kernel(here, here.to_sparse(), [1], None)
-
-
 def everyone(op):
     """An operator and all that stand beside it."""
     name = op.removesuffix("_backward")
@@ -168,6 +150,52 @@ def everyone(op):
     yield f"{name}_reference{'_backward' if op.endswith('_backward') else ''}"
     if op.endswith("_backward"):
         yield f"{name}_deterministic_backward"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("op", "name"), TENSORS, ids=str)
+def test_kernels_in_python_name_the_argument(op, name, fault):
+    for each in list(everyone(op))[1:]:
+        assert_named(getattr(OPS, each), arguments(op), name, fault)
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS, ids=str)
+def test_what_is_no_tensor_or_packed_by_onednn_is_named(op, name):
+    for each in everyone(op):
+        given = arguments(op)
+        optional = name in ("padding_mask", "offset_scale", "grad_weights")
+        if not optional:
+            with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected a .*ensor, got"):
+                getattr(OPS, each)(*(given | {name: None}).values())
+        if given[name].dtype == torch.float32 and given[name].dim() < 6:  # as many as oneDNN packs
+            packed = given | {name: given[name].to_mkldnn()}
+            with pytest.raises(ValueError, match=rf"^{name}: expected a dense tensor"):
+                getattr(OPS, each)(*packed.values())
+
+
+BAD_TABLES = {
+    "negative sides": {"spatial_shapes": [-4, -6, 2, 3]},
+    "too few starts": {"level_start_index": [0]},
+    "no levels": {"spatial_shapes": [], "level_start_index": []},
+    "outside": {"level_start_index": [0, 25]},
+}
+
+
+@pytest.mark.parametrize("table", BAD_TABLES)
+@pytest.mark.parametrize("op", NAMES)
+def test_level_tables_that_do_not_fit_are_refused_by_every_kernel(op, table):
+    for each in everyone(op):
+        given = arguments(op) | BAD_TABLES[table]
+        with pytest.raises(ValueError, match=r"^(spatial_shapes|level_start_index).*: expected"):
+            getattr(OPS, each)(*given.values())
+
+
+@pytest.mark.parametrize("counts", [[4, 3], [9, -1], [], [8]])
+@pytest.mark.parametrize("op", NAMES[2:])
+def test_points_that_do_not_add_up_are_refused_by_every_kernel(op, counts):
+    for each in everyone(op):
+        with pytest.raises(ValueError, match=r"^(points_per_level|sampling_offsets): expected"):
+            getattr(OPS, each)(*(arguments(op) | {"points_per_level": counts}).values())
 
 
 @pytest.mark.parametrize("fault", ["meta", "sparse"])
