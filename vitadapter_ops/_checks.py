@@ -146,7 +146,7 @@ def _sequence(name: str, value: Any, expected: str) -> list[Any]:
             raise ValueError(f"{name}: expected integers, got {value.dtype}")
         entries: list[Any] = value.tolist()
         return entries
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | memoryview):
         got = _described(value)
         if isinstance(value, Tensor | np.ndarray):
             got += " without a dimension"
@@ -448,7 +448,7 @@ def offset_scale(scale: object, points: Tensor, total: int, compute: torch.dtype
         dtype("offset_scale", scale, FLOATING)
         device("offset_scale", scale, points.device, "value")
         shape("offset_scale", scale, (total,), "one for each point of sampling_offsets")
-        return scale.detach().to(compute)
+        return scale.to(compute)
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(
             f"offset_scale: expected a number, a torch.Tensor or None, got {type(scale).__name__}"
@@ -457,10 +457,10 @@ def offset_scale(scale: object, points: Tensor, total: int, compute: torch.dtype
         number = float(scale)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= torch.finfo(compute).max:
+        got = str(number) if isinstance(scale, float) else "one too large for it"
         raise ValueError(
-            "offset_scale: expected a finite number, got "
-            + (str(scale) if isinstance(scale, float) else "one too large for a float")
+            f"offset_scale: expected a finite number in {_names([compute])}, got {got}"
         )
     # Filled on the device: a tensor made from Python numbers would be copied from the host.
     return torch.full((total,), number, dtype=compute, device=points.device)

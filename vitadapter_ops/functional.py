@@ -218,9 +218,9 @@ def ms_deform_attn_from_offsets(
             None: K / L.
         offset_scale: for boxes only: the share of a box's width and height that an offset of 1
             stands for; one finite number, or a tensor [K] on value's device with one for each
-            point, which gets no gradient. None: 0.5 / P_l with P_l the level's points, as in
-            Deformable DETR and RT-DETRv2. A negative one mirrors the offset. A tensor's entries are
-            not read by the host: a point with one that is not finite contributes zero.
+            point, which must not require a gradient. None: 0.5 / P_l with P_l the level's points,
+            as in Deformable DETR and RT-DETRv2. A negative one mirrors the offset. A tensor's
+            entries are not read by the host: a point with one that is not finite contributes zero.
         return_weights: also return the attention weights; gradients flow through them.
         backend: "auto" takes the first that can run of "cuda", "triton", "cpu", "reference".
 
@@ -234,7 +234,8 @@ def ms_deform_attn_from_offsets(
             K, offset_scale is given without boxes, or no backend has this name; the message names
             the argument, what was expected and what came.
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
-        NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
+        NotImplementedError: a gradient of a gradient was asked for, outside torch.func, or one of
+            offset_scale.
     """
     if not isinstance(return_weights, bool):
         raise TypeError(f"return_weights: expected a bool, got {type(return_weights).__name__}")
@@ -267,6 +268,16 @@ def ms_deform_attn_from_offsets(
     if offset_scale is not None:
         total = sampling_offsets.shape[3]
         offset_scale = _checks.offset_scale(offset_scale, reference_points, total, compute)
+        if (
+            offset_scale is not None
+            and offset_scale.requires_grad
+            and torch.is_grad_enabled()
+            and not _ops.is_differentiated_by_torch(offset_scale)
+        ):
+            raise NotImplementedError(
+                "offset_scale: expected a tensor that requires no gradient, which is not "
+                "implemented, got one that does"
+            )
     if plan.grows:
         value, padding_mask = grow(value, padding_mask)
     out, weights = plan.call(

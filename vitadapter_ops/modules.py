@@ -130,7 +130,7 @@ def _check_levels(spatial_shapes: Any, levels: int) -> None:
         raise ValueError(f"spatial_shapes: expected {levels} levels (n_levels), got {got}")
 
 
-def _check_projected(
+def check_projected(
     name: str, tensor: Tensor, layer_name: str, layer: nn.Module, error: RuntimeError
 ) -> None:
     """Says so where a projection failed because its input has another dtype or device.
@@ -257,8 +257,8 @@ class MSDeformAttn(nn.Module):
             offsets, logits = offsets_and_logits(self, query)
         except RuntimeError as error:
             # Any input that a projection takes is right: it may hold weights of 8 bits, or cast.
-            _check_projected("input_flatten", input_flatten, "value_proj", self.value_proj, error)
-            _check_projected("query", query, "sampling_offsets", self.sampling_offsets, error)
+            check_projected("input_flatten", input_flatten, "value_proj", self.value_proj, error)
+            check_projected("query", query, "sampling_offsets", self.sampling_offsets, error)
             raise
         points = self.n_levels * self.n_points
         try:

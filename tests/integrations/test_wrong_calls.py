@@ -389,3 +389,15 @@ def test_an_error_of_someone_elses_is_left_alone():
     module.value_proj = Theirs()
     with pytest.raises(ValueError, match=r"^the padding_mask of my own layer$"):
         module(**OF_MODULE)
+
+
+@pytest.mark.parametrize("name", ["query", "value"])
+def test_tokens_of_another_dtype_than_the_layers_are_named(name):
+    given = {**OF_MODULE, "key_padding_mask": None}
+    module = mmcv.MultiScaleDeformableAttention(CHANNELS, HEADS, 2, POINTS, batch_first=True)
+    message = rf"^{name}: expected dtype float32 \(that of \w+\.weight\), got float64"
+    with pytest.raises(ValueError, match=message):
+        module(**{**given, name: given[name].double(), "identity": QUERY})
+    module = rtdetr.MSDeformableAttention(CHANNELS, HEADS, 2, POINTS)
+    with pytest.raises(ValueError, match=message):
+        module(**{**OF_RTDETR, name: OF_RTDETR[name].double()})

@@ -173,6 +173,30 @@ def test_gradients_through_returned_weights_under_func():
     assert_same_definition("weights", torch.func.grad(weights)(logits), expected)
 
 
+def test_a_scale_has_derivatives_or_says_that_it_has_none():
+    inputs = BOXES.inputs()
+    value, *points = inputs.tensors
+    keywords = {**inputs.keywords}
+    scale = keywords.pop("offset_scale")
+
+    def function(scale):
+        return ms_deform_attn_from_offsets(
+            value, inputs.spatial_shapes, *points, offset_scale=scale, **keywords
+        ).sum()
+
+    direction, step = torch.randn_like(scale), 1e-7
+    expected = (function(scale + step * direction) - function(scale - step * direction)) / step / 2
+    gradient = (torch.func.grad(function)(scale) * direction).sum()
+    _, tangent = torch.func.jvp(function, (scale,), (direction,))
+    assert abs(expected) > 1e-2
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tangent, gradient)
+    with pytest.raises(NotImplementedError, match=r"^offset_scale: expected"):
+        function(scale.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(function(scale.clone().requires_grad_()), function(scale))
+
+
 def test_functional_call_of_a_module():
     module = MSDeformAttn(16, 2, 2, 2).double()
     query, reference = torch.randn(2, 5, 16).double(), torch.rand(2, 5, 2, 2).double()

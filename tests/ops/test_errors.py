@@ -331,15 +331,19 @@ BAD_OFFSETS = {
     ),
     "a scale that is not a number": (
         {"offset_scale": float("nan")},
-        r"offset_scale: expected a finite number, got nan",
+        r"offset_scale: expected a finite number in float32, got nan",
     ),
     "a scale beyond floats": (
         {"offset_scale": 10**400},
-        r"offset_scale: expected a finite number, got one too large for a float",
+        r"offset_scale: expected a finite number in float32, got one too large for it",
+    ),
+    "a scale beyond fp32": (
+        {"offset_scale": 1e39},
+        r"offset_scale: expected a finite number in float32, got 1e\+39",
     ),
     "an integer too long to print": (
         {"offset_scale": 10**5000},
-        r"offset_scale: expected a finite number, got one too large for a float",
+        r"offset_scale: expected a finite number in float32, got one too large for it",
     ),
     "a sparse scale": (
         {"offset_scale": torch.ones(8).to_sparse()},

@@ -81,6 +81,7 @@ UNORDERED = {
     "set": lambda values: {_hashable(value) for value in values},
     "map": lambda values: map(_hashable, values),
     "text": str,
+    "memoryview": lambda values: memoryview(np.array(values)),
     "None": lambda values: None,
     "int": lambda values: 5,
     "tensor without a dimension": lambda values: torch.tensor(5),

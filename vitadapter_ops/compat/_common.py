@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import _checks, _dispatch, _ops
 from ..functional import grow, level_table, ms_deform_attn, ms_deform_attn_from_offsets
-from ..modules import initial_offsets, offsets_and_logits
+from ..linear import project
+from ..modules import check_projected, initial_offsets, offsets_and_logits
 from ..reference import compute_dtype
 
 SpatialShapes = _checks.SpatialShapes
@@ -201,6 +202,20 @@ def sample_backward(
     )
 
 
+def project_value(module: nn.Module, value: Tensor) -> Tensor:
+    """The module's value_proj of value [B, S, C].
+
+    Raises:
+        ValueError: value has another dtype than the layer.
+    """
+    layer = module.get_submodule("value_proj")
+    try:
+        return project(layer, value)
+    except RuntimeError as error:
+        check_projected("value", value, "value_proj", layer, error)
+        raise
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -246,7 +261,12 @@ def attend(
     """
     check_reference_points(reference_points)
     check_levels(spatial_shapes, len(num_points))
-    offsets, logits = offsets_and_logits(module, query)
+    try:
+        offsets, logits = offsets_and_logits(module, query)
+    except RuntimeError as error:
+        layer = module.get_submodule("sampling_offsets")
+        check_projected("query", query, "sampling_offsets", layer, error)
+        raise
     # As autocast does before a softmax, except on CPUs.
     device = value.device.type
     if return_weights and device != "cpu" and torch.is_autocast_enabled(device):

@@ -193,7 +193,7 @@ def attention(
     output, _ = _common.attend(
         module,
         query,
-        project(self.value_proj, value),
+        _common.project_value(module, value),
         spatial_shapes,
         reference_points,
         [self.num_points] * self.num_levels,

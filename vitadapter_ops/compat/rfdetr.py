@@ -105,7 +105,7 @@ def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         output, _ = _common.attend(
             self,
             query,
-            project(module.value_proj, input_flatten),
+            _common.project_value(module, input_flatten),
             input_spatial_shapes if input_spatial_shapes_hw is None else input_spatial_shapes_hw,
             reference_points,
             [module.n_points] * module.n_levels,

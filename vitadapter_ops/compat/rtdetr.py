@@ -170,7 +170,7 @@ class MSDeformableAttention(_MultiPoint):
             ValueError: sizes, dtypes or devices disagree.
         """
         _common.check_tokens(self, query, value)
-        projected = project(self.value_proj, value)
+        projected = _common.project_value(self, value)
         padding = None
         if value_mask is not None:
             _checks.is_tensor("value_mask", value_mask)

@@ -117,7 +117,7 @@ def _attention(
     output, weights = attend(
         module,
         query,
-        project(self.value_proj, value) if hasattr(self, "value_proj") else value,
+        _common.project_value(module, value) if hasattr(self, "value_proj") else value,
         spatial_shapes,
         reference_points,
         each,
