@@ -142,8 +142,10 @@ class ViTAdapter(FeaturePyramid):
             Four maps [B, embed_dim, ceil(H/s), ceil(W/s)] with strides s = 4, 8, 16, 32.
 
         Raises:
-            ValueError: images has another rank, number of channels, an integer dtype, fewer pixels
-                than one patch, or a size that the backbone does not serve.
+            TypeError: images is no tensor.
+            ValueError: images has another rank, number of channels, an integer dtype, another dtype
+                than the model, outside autocast, another device or layout, fewer pixels than one
+                patch, or a size that the backbone does not serve.
         """
         images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)

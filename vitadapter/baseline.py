@@ -60,7 +60,7 @@ class ViTBaseline(FeaturePyramid):
             Four maps [B, embed_dim, ceil(H/s), ceil(W/s)] with strides s = 4, 8, 16, 32.
 
         Raises:
-            ValueError: as in `ViTAdapter`.
+            TypeError, ValueError: as in `ViTAdapter`.
         """
         images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)

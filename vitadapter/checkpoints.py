@@ -6,10 +6,11 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import operator
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def load_checkpoint(
         ema: take the weights averaged over training steps that some files hold beside the others.
         strict: raise where a key is missing or unexpected.
         grid: (rows, columns) of the file's position embedding, where it was trained on images that
-            are not square. None: a square; a number of entries or values that tell of another grid
+            are not square. None: a square. A number of entries or values that tell of another grid
             are refused. For timm's models: timm resizes.
 
     Returns:
@@ -103,16 +104,18 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: grid is no pair of integers.
         ValueError: the file holds no weights, has the weights of another architecture (the message
             says which), or strict was given and keys differ; or tensors of the model or the file
             are on the meta device, where there are no values.
     """
+    if grid is not None:
+        grid = _checked_grid(grid)
     _check_values("model", model.state_dict(), "call model.to_empty(device=...) and initialise it")
     contents = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     state, ignored = _backbone_state(_weights(contents, ema), model, ema)
     _check_values("checkpoint", state, "load it onto another device")
     target = model.state_dict()
-    registers = sum(state[key].shape[1] for key in _REGISTERS if key in state)
     vit = dict(model.named_modules()).get("backbone.model")
     if vit is not None:
         state = _for_timm(state, target)
@@ -120,9 +123,10 @@ def load_checkpoint(
     else:
         state = _published_names(state)
         _check_architecture(state, target)
+    fronts, has_tokens = _fronts(state)
     ignored += [key for key in state if key not in target and _UNUSED.match(key)]
     state = {key: value for key, value in state.items() if key in target or key not in ignored}
-    resized = _resize(state, target, grid if vit is None else None, registers)
+    resized = _resize(state, target, grid if vit is None else None, fronts, has_tokens)
 
     wrong = [key for key in state if key in target and state[key].shape != target[key].shape]
     if wrong:
@@ -181,6 +185,19 @@ def read(path: str | Path) -> Mapping[str, Any]:
         raise ValueError(
             f"checkpoint: expected a file of tensors and plain values, got {path}: {reason}"
         ) from error
+
+
+def _checked_grid(grid: Any) -> tuple[int, int]:
+    """Raises TypeError or ValueError unless grid is a pair of integers."""
+    if isinstance(grid, str) or not isinstance(grid, Sequence):
+        raise TypeError(f"grid: expected (rows, columns), got {grid!r}")
+    if len(grid) != 2:
+        raise ValueError(f"grid: expected (rows, columns), got {grid!r}")
+    try:
+        rows, columns = map(operator.index, grid)
+    except TypeError as error:
+        raise TypeError(f"grid: expected integers (rows, columns), got {grid!r}") from error
+    return rows, columns
 
 
 def _weights(contents: Mapping[str, Any], ema: bool) -> State:
@@ -323,17 +340,40 @@ def _check_grid_of_timm(vit: Any, state: State, grid: tuple[int, int] | None) ->
     resize.check_rows("pos_embed", positions, (rows, columns))
 
 
-def _resize(state: State, target: State, grid: tuple[int, int] | None, registers: int) -> list[str]:
+def _fronts(state: State) -> tuple[set[int], bool]:
+    """What may be the number of entries before the grid, and whether there is a class token."""
+    classes = sum(key in state for key in ("cls_token", "dist_token"))
+    registers = sum(
+        state[key].shape[1] for key in _REGISTERS if key in state and state[key].dim() == 3
+    )
+    # Released models have dropped the class token and kept its entry; others have it without one.
+    fronts = {0, classes} if classes else set(resize.EXTRA_ENTRIES)
+    # Register tokens may have entries too.
+    return {front + more for front in fronts for more in (0, registers)}, classes > 0
+
+
+def _resize(
+    state: State,
+    target: State,
+    grid: tuple[int, int] | None,
+    fronts: set[int],
+    has_tokens: bool,
+) -> list[str]:
     """Resizes, in place of what it was, whatever may differ in size; returns the keys."""
     resized, used = [], False
-    # Register tokens may have entries too.
-    extra = {front + more for front in resize.EXTRA_ENTRIES for more in (0, registers)}
     for key, value in state.items():
         if key not in target:
             continue
         size = target[key].shape
+        if value.dim() != len(size):
+            raise ValueError(
+                f"{key}: expected {len(size)} dimensions, as in {list(size)}, got shape "
+                f"{list(value.shape)}"
+            )
         if key == "pos_embed" and value.shape[2] == size[2]:
-            new = resize.position_embedding(value, size[1], prefix=1, grid=grid, extra=extra)
+            new = resize.position_embedding(
+                value, size[1], prefix=1, grid=grid, extra=fronts, has_tokens=has_tokens
+            )
             used = True
         elif key.endswith("spatial_pos_embed.weight") and value.shape[1] == size[1]:
             new = resize.position_embedding(value[None], size[0], prefix=0, grid=grid, extra=(0,))[

@@ -7,11 +7,26 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from vitadapter_ops import _checks
+from vitadapter_ops.linear import is_plain_tensor, is_untouched
 
 
-def check(images: Tensor, patch_size: int) -> None:
-    """Raises ValueError unless images is [B, 3, H, W], floating point, at least one patch."""
+def check(images: Tensor, patch_size: int, layer: nn.Module | None = None) -> None:
+    """Checks what a model is called with.
+
+    Args:
+        images: as given.
+        patch_size: side of a patch in pixels.
+        layer: the model's convolution of the images.
+
+    Raises:
+        TypeError: images is no tensor.
+        ValueError: it is not [B, 3, H, W], dense, floating point and at least one patch; or a plain
+            layer's weight has another dtype, outside autocast, or is on another device.
+    """
+    _checks.is_tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"images: expected [B, 3, H, W], got shape {list(images.shape)}")
     if images.shape[1] != 3:
@@ -21,6 +36,24 @@ def check(images: Tensor, patch_size: int) -> None:
     if images.shape[2] < patch_size or images.shape[3] < patch_size:
         raise ValueError(
             f"images: expected H, W >= {patch_size} (one patch), got shape {list(images.shape)}"
+        )
+    # Hooks may convert and move images and weights; other kinds of layers may do so themselves.
+    if type(layer) is nn.Conv2d and is_plain_tensor(layer.weight) and is_untouched(layer):
+        _check_like(images, layer.weight)
+
+
+def _check_like(images: Tensor, weight: Tensor) -> None:
+    if images.device != weight.device:
+        raise ValueError(
+            f"images: expected a tensor on the model's device, {weight.device}, got one on "
+            f"{images.device}"
+        )
+    if images.dtype != weight.dtype and (
+        images.is_meta or not torch.is_autocast_enabled(images.device.type)
+    ):
+        raise ValueError(
+            f"images: expected the model's dtype, {weight.dtype}, or torch.autocast, got "
+            f"{images.dtype}"
         )
 
 

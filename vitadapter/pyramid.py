@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,20 @@ class FeaturePyramid(nn.Module):
 
     def _check(self, images: Tensor) -> Tensor:
         """The images, which `forward` takes."""
-        image_tools.check(images, self.patch_size)
+        image_tools.check(images, self.patch_size, self._first_layer())
         warn_if_slow_autocast(images)
         if torch._C._get_tracing_state() and any(
             isinstance(module, DeformableAttention) for module in self.modules()
         ):
             return image_tools.of_traced_size(images)
         return images
+
+    def _first_layer(self) -> Any:
+        """The convolution of the images: the spatial prior's, else the ViT's; None: unknown."""
+        stem = getattr(getattr(self, "spm", None), "stem", None)
+        if type(stem) is nn.Sequential:
+            return stem[0]
+        return getattr(getattr(self, "patch_embed", None), "proj", None)
 
     def vit_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's own parameters, without those of the parts around it."""

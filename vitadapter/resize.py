@@ -17,6 +17,9 @@ from .backbones.plain_vit import resize_grid
 EXTRA_ENTRIES = (0, 1, 2)
 # Grids whose sides differ by more are not looked for.
 _LONGEST = 8
+# Differences between entries below each other, against those in the best grid: untrained entries, a
+# few percent more; others in rows of a wrong length, twice as much, half as much again in 6 x 8.
+_WORSE = 1.3
 
 
 def position_embedding(
@@ -26,12 +29,14 @@ def position_embedding(
     *,
     grid: tuple[int, int] | None = None,
     extra: Collection[int] = EXTRA_ENTRIES,
+    has_tokens: bool = False,
 ) -> Tensor:
     """Resizes a learned position embedding bicubically.
 
     The number of entries does not tell their grid: 145 are 12 x 12 and a class token, or 16 x 9 and
-    one. A grid that is not given is taken to be square, if the entries are a square and as many
-    others as `extra` says, and neighbours below each other in it are alike; otherwise, nothing is.
+    one; 196 are 14 x 14, or 13 x 15 and one. A grid that is not given is taken to be square, if the
+    entries are a square and as many others as `extra` says; that one and a given one only if, in no
+    other grid that the entries may have, those below each other are clearly more alike.
 
     Args:
         tokens: [1, P + h * w, D]: P entries of class and other tokens, then the grid, row by row.
@@ -40,6 +45,8 @@ def position_embedding(
             zeros where it has none.
         grid: (h, w); None: a square.
         extra: values that P may have.
+        has_tokens: the model that `tokens` come from has a class token, so that P = 0 is taken only
+            if no grid after other entries fits as well.
 
     Returns:
         [1, size, D].
@@ -47,13 +54,25 @@ def position_embedding(
     Raises:
         ValueError: tokens do not hold such a grid, or the result no square one.
     """
+    if tokens.dim() != 3 or tokens.shape[0] != 1:
+        raise ValueError(
+            f"pos_embed: expected [1, entries, {tokens.shape[-1] if tokens.dim() else 'D'}], got "
+            f"shape {list(tokens.shape)}"
+        )
     entries, target = tokens.shape[1], math.isqrt(size - prefix)
     if target**2 != size - prefix:
         raise ValueError(f"pos_embed: expected a square grid after {prefix} entries, got {size}")
     front, shape = _split_entries("pos_embed", entries, grid, extra)
     positions = tokens[:, front:]
-    if grid is None:
-        check_rows("pos_embed", positions[0], shape, "; say which it is by grid=(rows, columns)")
+    check_rows(
+        "pos_embed" if grid is None else "grid",
+        tokens[0],
+        shape,
+        front=front,
+        extra=extra,
+        has_tokens=has_tokens and grid is None,
+        remedy="; say which it is by grid=(rows, columns)" if grid is None else " in pos_embed",
+    )
     if shape != (target, target):
         positions = resize_grid(positions.float(), shape, (target, target)).to(tokens.dtype)
     head = tokens[:, : min(prefix, front)]
@@ -82,38 +101,63 @@ def _split_entries(
     )
 
 
-def check_rows(name: str, positions: Tensor, shape: tuple[int, int], remedy: str = "") -> None:
+def check_rows(
+    name: str,
+    tokens: Tensor,
+    shape: tuple[int, int],
+    *,
+    front: int = 0,
+    extra: Collection[int] = (0,),
+    has_tokens: bool = False,
+    remedy: str = "",
+) -> None:
     """Raises ValueError where the entries of a grid lie in rows of another length.
 
-    Entries of neighbouring places are alike in whatever was trained: the right length of a row is
-    the one for which those below each other are. Random values have no such length.
+    Entries of neighbouring places are alike in whatever was trained: the right grid is the one in
+    which those below each other are. Random values have no such grid.
 
     Args:
         name: for the message.
-        positions: [h * w, D].
+        tokens: [P + h * w, D].
         shape: (h, w) as expected.
+        front: P as expected.
+        extra: values that P may have.
+        has_tokens: as in `position_embedding`.
         remedy: end of the message.
     """
-    number, values = len(positions), positions.float()
+    values = tokens.float()
 
-    def difference(columns: int) -> float:
-        return (values[columns:] - values[:-columns]).square().mean().item()
+    def difference(front: int, columns: int) -> float:
+        grid = values[front:]
+        return (grid[columns:] - grid[:-columns]).square().mean().item()
 
-    lengths = [
+    number = values[front:].numel()
+    if number < 512 or min(shape) < 2:
+        return
+    worse = max(_WORSE, 1 + 12 / math.sqrt(number))  # few values differ by chance
+    bounds = {
+        (before, columns): difference(before, columns)
+        * (1 / worse if has_tokens and before > front == 0 else worse)
+        for before in sorted(extra)
+        for columns in _lengths(len(values) - before)
+    }
+    best = min(bounds, key=bounds.__getitem__, default=None)
+    if best is not None and difference(front, shape[1]) > bounds[best]:
+        before, columns = best
+        after = f" after {before} others" if before != front else ""
+        raise ValueError(
+            f"{name}: expected a grid of {shape[0]} x {shape[1]} entries, got values that look "
+            f"like one of {(len(values) - before) // columns} x {columns}{after}{remedy}"
+        )
+
+
+def _lengths(number: int) -> list[int]:
+    """Columns of the grids of so many entries."""
+    return [
         columns
         for columns in range(2, number // 2 + 1)
         if number % columns == 0 and number / _LONGEST <= columns**2 <= number * _LONGEST
     ]
-    # Few values differ by chance.
-    if values.numel() < 512 or shape[1] not in lengths:
-        return
-    best = min(lengths, key=difference)
-    # Untrained entries: a few percent. Rows of a wrong length: a factor of two and more.
-    if difference(shape[1]) > 1.5 * difference(best):
-        raise ValueError(
-            f"{name}: expected a grid of {shape[0]} x {shape[1]} entries, got values that look "
-            f"like one of {number // best} x {best}{remedy}"
-        )
 
 
 def patch_projection(weight: Tensor, patch_size: int) -> Tensor:

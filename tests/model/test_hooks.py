@@ -161,3 +161,18 @@ def test_another_module_may_take_a_parts_place(part):
         for got, want in zip(model(IMAGES), expected, strict=True):
             torch.testing.assert_close(got, want)
     assert torch.equal(keeping.kept, keeping.copy)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_function_in_torchs_transposed_convolution_is_called(gradients, monkeypatch):
+    model = build("plain").eval()
+    own, shapes = torch.nn.ConvTranspose2d.forward, []
+
+    def forward(layer, x, *args):
+        shapes.append(tuple(x.shape))
+        return own(layer, x, *args)
+
+    monkeypatch.setattr(torch.nn.ConvTranspose2d, "forward", forward)
+    with torch.set_grad_enabled(gradients):
+        model(IMAGES)
+    assert len(shapes) == 1

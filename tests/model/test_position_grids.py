@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -70,6 +71,55 @@ def test_a_grid_with_a_squares_number_of_entries_is_known_by_its_values(h, w, fr
     torch.testing.assert_close(got[:, 1:], _expected(tokens, h, w, 14))
 
 
+def _squares(entries: int) -> bool:
+    return any(math.isqrt(entries - front) ** 2 == entries - front for front in (0, 1, 2))
+
+
+# 13 x 15 and a class token are 196 = 14 x 14; 10 x 17 after none, 13 x 13 after one.
+SHAPES = [
+    (h, w, front)
+    for h in range(6, 41)
+    for w in range(6, 41)
+    for front in (0, 1, 2)
+    if h != w and max(h, w) <= 4 * min(h, w) and _squares(h * w + front)
+]
+
+
+@pytest.mark.parametrize("h", sorted({h for h, _, _ in SHAPES}))
+def test_no_other_grid_is_silently_read_as_a_square(h):
+    torch.manual_seed(h)
+    for shape in (shape for shape in SHAPES if shape[0] == h):
+        with pytest.raises(ValueError, match=r"pos_embed: .* got values that look like one of"):
+            resize.position_embedding(_smooth(*shape), 197, prefix=1)
+
+
+@pytest.mark.parametrize("front", [0, 1, 2])
+@pytest.mark.parametrize("values", ["trained", "fresh", "zero"])
+def test_squares_after_tokens_are_taken(front, values):
+    torch.manual_seed(front)
+    for side in range(6, 41):
+        tokens = _smooth(side, side, front)
+        if values == "fresh":
+            torch.nn.init.trunc_normal_(tokens, std=0.02)
+        elif values == "zero":
+            tokens.zero_()
+        got = resize.position_embedding(tokens, 26, prefix=1)
+        torch.testing.assert_close(got[:, 1:], _expected(tokens, side, side, 5))
+
+
+@pytest.mark.parametrize("front", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("grid", "true"), [((9, 16), (16, 9)), ((12, 12), (16, 9)), ((16, 9), (12, 12))]
+)
+def test_a_given_grid_that_the_values_contradict_is_refused(front, grid, true):
+    text = rf"grid: expected a grid of {grid[0]} x {grid[1]} .* one of {true[0]} x {true[1]}"
+    with pytest.raises(ValueError, match=text):
+        resize.position_embedding(_smooth(*true, front), 197, prefix=1, grid=grid)
+    fresh = torch.randn(1, 144 + front, 32)
+    got = resize.position_embedding(fresh, 197, prefix=1, grid=grid)
+    torch.testing.assert_close(got[:, 1:], _expected(fresh, *grid, 14))
+
+
 @pytest.mark.parametrize("side", [4, 6, 12, 14, 16, 24, 32])
 @pytest.mark.parametrize("values", ["trained", "fresh", "zero", "sines"])
 def test_square_grids_are_taken(side, values):
@@ -114,6 +164,40 @@ def test_entries_of_registers_are_taken_where_the_file_has_registers():
         load_checkpoint(model, state)
     load_checkpoint(model, {**state, "reg_token": torch.zeros(1, 4, 32)})
     torch.testing.assert_close(model.pos_embed.data[:, 1:], _expected(state["pos_embed"], 6, 6, 4))
+
+
+def test_the_files_tokens_tell_what_is_before_the_grid():
+    model = build("plain")
+    state = {**model.state_dict(), "cls_token": torch.zeros(1, 1, 32)}
+    # 196 entries of which nothing tells the order: 14 x 14, or 13 x 15 after the class token.
+    fresh = {**state, "pos_embed": torch.randn(1, 196, 32)}
+    with pytest.raises(ValueError, match=r"like one of (13 x 15|15 x 13|39 x 5|5 x 39) after 1"):
+        load_checkpoint(model, fresh)
+    load_checkpoint(model, fresh, grid=(14, 14))
+    load_checkpoint(model, {**state, "pos_embed": _smooth(14, 14, 0)})
+    # 171 entries: 13 x 13 after two. With one class token, 10 x 17.
+    fresh["pos_embed"] = torch.randn(1, 171, 32)
+    with pytest.raises(ValueError, match="expected a square grid after 0, 1 entries"):
+        load_checkpoint(model, fresh)
+    load_checkpoint(model, {**fresh, "dist_token": torch.zeros(1, 1, 32)})
+
+
+@pytest.mark.parametrize(
+    ("grid", "error"),
+    [(24, TypeError), ("24x32", TypeError), ((24.0, 32.0), TypeError), ((24, 32, 1), ValueError)],
+)
+def test_a_grid_that_is_no_pair_of_integers_is_refused(grid, error):
+    model = build("plain")
+    with pytest.raises(error, match=r"grid: expected .*\(rows, columns\), got"):
+        load_checkpoint(model, model.state_dict(), grid=grid)
+
+
+@pytest.mark.parametrize("shape", [(17, 32), (2, 17, 32), (17 * 32,), (1, 4, 4, 32)])
+def test_positions_of_another_rank_are_named(shape):
+    model = build("plain")
+    state = {**model.state_dict(), "pos_embed": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=rf"pos_embed: expected .* got shape \[{shape[0]}"):
+        load_checkpoint(model, state)
 
 
 def test_positions_of_uniperceiver_have_no_entries_before_them():

@@ -200,5 +200,12 @@ class BEiT(nn.Module):
         shape = (patches.shape[2], patches.shape[3])
         tokens = patches.flatten(2).transpose(1, 2).contiguous()
         if self.num_prefix_tokens:
-            tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+            tokens = with_class_token(self.cls_token, tokens)
         return tokens, shape, [partial(block, shape=shape) for block in self.blocks]
+
+
+def with_class_token(token: Tensor, tokens: Tensor) -> Tensor:
+    """The class token [1, 1, D] before each image's tokens [B, N, D]: [B, 1 + N, D]."""
+    # Flat, or for one image the gradient is a part of all tokens' with their strides, of which
+    # DistributedDataParallel warns.
+    return torch.cat((token.flatten().expand(tokens.shape[0], 1, -1), tokens), dim=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..images import of_traced_size
+from .beit import with_class_token
 from .protocol import Grid, Step
 
 
@@ -86,7 +87,7 @@ class TimmViT(nn.Module):
         shape = (height // self.patch_size, width // self.patch_size)
         x = embed(images)
         if not hasattr(model, "_pos_embed"):  # BEiT, whose positions live in its blocks
-            x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+            x = with_class_token(model.cls_token, x)
             if model.pos_embed is not None:
                 x = x + model.pos_embed
             bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear
+from vitadapter_ops.linear import _origin, is_plain_tensor, is_untouched, linear
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -42,8 +42,13 @@ class Upsample(nn.ConvTranspose2d):
         return self._joined(base.permute(0, 2, 3, 1).reshape(pixels.shape) + pixels)
 
     def _is_linear(self) -> bool:
-        # Tensors of other classes know the convolution, and not always what is done here.
-        return is_plain_tensor(self.weight) and is_plain_tensor(self.bias)
+        # Tensors of other classes know the convolution, and not always what is done here; and so
+        # does who put another function into torch's class.
+        return (
+            is_plain_tensor(self.weight)
+            and is_plain_tensor(self.bias)
+            and _origin(nn.ConvTranspose2d, "forward") == nn.ConvTranspose2d.__module__
+        )
 
     def _pixels(self, x: Tensor) -> Tensor:
         """The result as [B, H, 2, W, 2, D], a view of a product."""
