@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
 # Whether this process runs the Triton kernels in Triton's interpreter, and only them.
@@ -48,6 +50,17 @@ def pytest_on_cpu_kernels(
     # No capturing: what a sanitizer writes as it ends the process would be lost.
     options += ["-s", "--tb=short", f"--rootdir={ROOT}", "-o", f"pythonpath={ROOT / 'tests'}"]
     return python(["-m", "pytest", *options, *CPU_TESTS], cwd, **environment)
+
+
+def spawn(function: Callable[..., None], processes: int, *arguments: object) -> None:
+    """Runs function(rank, *arguments) in so many processes of torch.distributed."""
+    torch.multiprocessing.spawn(_run_and_leave, (function, arguments), nprocs=processes)
+
+
+def _run_and_leave(rank: int, function: Callable[..., None], arguments: Sequence[object]) -> None:
+    function(rank, *arguments)
+    # Without the interpreter's end: where gloo's threads run until then, it aborts now and then.
+    os._exit(0)
 
 
 @functools.cache

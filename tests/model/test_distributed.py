@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+
+import children
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     "run", [distributed_steps.data_parallel, distributed_steps.fully_sharded], ids=["ddp", "fsdp2"]
 )
 def test_two_processes_step_like_one(tmp_path, run):
-    multiprocessing.spawn(run, args=(tmp_path,), nprocs=distributed_steps.RANKS)
+    children.spawn(run, distributed_steps.RANKS, tmp_path)
     got = torch.load(tmp_path / "state.pth")
     model = distributed_steps.build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -35,16 +36,12 @@ def test_two_processes_step_like_one(tmp_path, run):
 
 
 def test_data_parallel_training_tells_of_no_warnings(tmp_path):
-    multiprocessing.spawn(
-        distributed_steps.data_parallel_warnings, args=(tmp_path,), nprocs=distributed_steps.RANKS
-    )
+    children.spawn(distributed_steps.data_parallel_warnings, distributed_steps.RANKS, tmp_path)
     assert torch.load(tmp_path / "warnings.pth") == []
 
 
 def test_any_part_may_be_sharded_alone(tmp_path):
-    multiprocessing.spawn(
-        distributed_steps.each_part_sharded, args=(tmp_path,), nprocs=distributed_steps.RANKS
-    )
+    children.spawn(distributed_steps.each_part_sharded, distributed_steps.RANKS, tmp_path)
     results = torch.load(tmp_path / "results.pth")
     expected = results.pop(None)
     assert results.keys() == {*distributed_steps.PARTS}

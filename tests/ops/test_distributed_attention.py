@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+
+import children
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,4 +29,4 @@ def test_one_process_steps_as_without_parallelism(tmp_path):
 
 
 def test_two_processes_step_like_one(tmp_path):
-    multiprocessing.spawn(attention_steps.run, args=(2, tmp_path), nprocs=2)
+    children.spawn(attention_steps.run, 2, 2, tmp_path)
