@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitadapter_ops import _checks
-from vitadapter_ops.linear import is_plain_tensor, is_untouched
+from vitadapter_ops.linear import is_plain_tensor
 
 
 def check(images: Tensor, patch_size: int, layer: nn.Module | None = None) -> None:
@@ -19,7 +19,7 @@ def check(images: Tensor, patch_size: int, layer: nn.Module | None = None) -> No
     Args:
         images: as given.
         patch_size: side of a patch in pixels.
-        layer: the model's convolution of the images.
+        layer: the model's convolution of the images, which no hook is called before.
 
     Raises:
         TypeError: images is no tensor.
@@ -37,8 +37,8 @@ def check(images: Tensor, patch_size: int, layer: nn.Module | None = None) -> No
         raise ValueError(
             f"images: expected H, W >= {patch_size} (one patch), got shape {list(images.shape)}"
         )
-    # Hooks may convert and move images and weights; other kinds of layers may do so themselves.
-    if type(layer) is nn.Conv2d and is_plain_tensor(layer.weight) and is_untouched(layer):
+    # Other kinds of layers, and of weights, may convert and move images themselves.
+    if type(layer) is nn.Conv2d and is_plain_tensor(layer.weight):
         _check_like(images, layer.weight)
 
 

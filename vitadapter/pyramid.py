@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import warn_if_slow_autocast
+from vitadapter_ops.linear import is_untouched, warn_if_slow_autocast
 
 from . import images as image_tools
 from .backbones.protocol import Grid, Step
@@ -50,11 +50,17 @@ class FeaturePyramid(nn.Module):
         return images
 
     def _first_layer(self) -> Any:
-        """The convolution of the images: the spatial prior's, else the ViT's; None: unknown."""
-        stem = getattr(getattr(self, "spm", None), "stem", None)
-        if type(stem) is nn.Sequential:
-            return stem[0]
-        return getattr(getattr(self, "patch_embed", None), "proj", None)
+        """The convolution of the images: the spatial prior's, else the ViT's.
+
+        None where it is unknown, or where hooks of the part that it is in may change what it gets.
+        """
+        part = getattr(self, "spm", getattr(self, "patch_embed", None))
+        if torch.compiler.is_compiling() or not isinstance(part, nn.Module):
+            return None
+        if not is_untouched(part):
+            return None
+        stem = getattr(part, "stem", None)
+        return stem[0] if type(stem) is nn.Sequential else getattr(part, "proj", None)
 
     def vit_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's own parameters, without those of the parts around it."""

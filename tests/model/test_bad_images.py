@@ -44,10 +44,12 @@ def test_autocast_converts_images(family):
 
 
 def test_hooks_may_convert_images_and_weights():
-    model = build("baseline").eval()
-    model.patch_embed.proj.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
-    with torch.no_grad():
-        assert all(m.isfinite().all() for m in model(IMAGES.double()))
+    for part in ("patch_embed", "patch_embed.proj"):
+        model = build("baseline").eval()
+        layer = model.get_submodule(part)
+        layer.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
+        with torch.no_grad():
+            assert all(m.isfinite().all() for m in model(IMAGES.double()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
