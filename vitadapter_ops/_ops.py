@@ -16,6 +16,7 @@ torch differentiates as it does any other torch code.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -216,7 +217,8 @@ def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
 def _register_one(
     op: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    LIB.define(f"{op}{schema}")
+    # The tag is Inductor's default, which it forgets for what _kept_by_inductor names.
+    LIB.define(f"{op}{schema}", tags=(torch.Tag.needs_exact_strides,))
     impl(LIB, op, "CompositeExplicitAutograd")(kernel)
     register_fake(f"vitadapter_ops::{op}", _arguments.checked(schema, fake, fake=True), lib=LIB)
 
@@ -284,14 +286,15 @@ def register(
         contract: what it keeps to.
         kernels: what runs, forward and backward, unless csrc/ has registered kernels for a device.
     """
-    _register_one(op, contract.schema[0], kernels[0], contract.fakes[0])
+    fake = _kept_by_inductor(op, contract.fakes[0])
+    _register_one(op, contract.schema[0], kernels[0], fake)
     _register_backward(f"{op}_backward", contract, kernels[1])
     _register_autograd(op, contract.function(op), contract.definition)
     _eager[op] = _shortened(op, contract)
-    _decompose(op, contract)
+    _decompose(op, contract.composite, fake)
 
 
-def _decompose(op: str, contract: Contract) -> None:
+def _decompose(op: str, composite: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Lets exporters to ONNX take an operator apart.
 
     torch.onnx.export(dynamo=True) looks for decompositions of what it has no translation for;
@@ -299,9 +302,26 @@ def _decompose(op: str, contract: Contract) -> None:
     symbolic sizes fake tensors prefer a decomposition to a fake, unless it is a meta function too.
     """
     overload = getattr(torch.ops.vitadapter_ops, op).default
-    register_decomposition(overload)(contract.composite)
-    register_decomposition(overload, type="meta")(contract.fakes[0])
-    _composites[op] = contract.composite
+    register_decomposition(overload)(composite)
+    register_decomposition(overload, type="meta")(fake)
+    _composites[op] = composite
+
+
+def _kept_by_inductor(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which also tells Inductor not to miss the decomposition of an operator.
+
+    Where the environment has CI, as on most build servers, Inductor refuses to call an operator
+    that has a decomposition and is not in a list of its own. To load it for that takes seconds;
+    whenever it compiles, it calls the fakes first.
+    """
+
+    def kept(*arguments: Any) -> Any:
+        allowed = getattr(sys.modules.get("torch._inductor.lowering"), "FALLBACK_ALLOW_LIST", None)
+        if allowed is not None:
+            allowed.add(f"vitadapter_ops::{op}")
+        return fake(*arguments)
+
+    return kept
 
 
 def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]) -> Contract:

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 import torch.utils.checkpoint
 
 import cases
+import children
 import gate
 from vitadapter_ops import MSDeformAttn, _ops, ms_deform_attn
 
@@ -163,6 +164,41 @@ def test_compile_fullgraph_of_the_module_with_inductor():
         (grad,) = torch.autograd.grad(got.sum(), feature)
         (expected_grad,) = torch.autograd.grad(expected.sum(), feature)
         torch.testing.assert_close(grad, expected_grad)
+
+
+COMPILED_ON_A_BUILD_SERVER = """
+import torch
+import vitadapter_ops
+from torch._inductor.utils import run_and_get_code
+
+shapes, starts = [3, 4, 2, 2], [0, 12]
+points, weights = torch.rand(2, 5, 2, 2, 3, 2), torch.rand(2, 5, 2, 2, 3)
+offsets = [3, 3], torch.rand(2, 5, 1, 2), points.flatten(3, 4), weights.flatten(3), None, None, True
+# Each once: what Inductor has looked up once it keeps.
+for name, others, dynamic in (
+    ("ms_deform_attn", (points, weights), False),
+    ("ms_deform_attn_reference", (points, weights), True),
+    ("ms_deform_attn_from_offsets", offsets, True),
+    ("ms_deform_attn_from_offsets_reference", offsets, False),
+):
+    operator = getattr(torch.ops.vitadapter_ops, name)
+
+    def doubled(value, *arguments):
+        return operator(2 * value, shapes, starts, *arguments)
+
+    torch._dynamo.reset()
+    value = torch.randn(2, 16, 2, 4, requires_grad=True)
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=dynamic)
+    got, code = run_and_get_code(compiled, value, *others)
+    torch.testing.assert_close(got, doubled(value, *others))
+    assert f"torch.ops.vitadapter_ops.{name}.default" in code[0], code[0]
+"""
+
+
+def test_inductor_keeps_the_operators_where_the_environment_says_ci():
+    environment = {"CI": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = children.python(["-c", COMPILED_ON_A_BUILD_SERVER], **environment)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("with_starts", [False, True], ids=["in order", "with starts"])
