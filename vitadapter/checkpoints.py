@@ -376,9 +376,8 @@ def _resize(
             )
             used = True
         elif key.endswith("spatial_pos_embed.weight") and value.shape[1] == size[1]:
-            new = resize.position_embedding(value[None], size[0], prefix=0, grid=grid, extra=(0,))[
-                0
-            ]
+            new = resize.position_embedding(value[None], size[0], prefix=0, grid=grid, extra=(0,))
+            new = new.squeeze(0)
             used = True
         elif value.shape == size:
             continue

@@ -57,7 +57,7 @@ def _check_dtypes(arguments: Mapping[str, Any]) -> None:
     compute = compute_dtype(value.dtype)
     points = "sampling_locations" if "sampling_locations" in arguments else "sampling_offsets"
     weights = "attention_weights" if "attention_weights" in arguments else "attention_logits"
-    _checks.dtype(points, arguments[points], tuple({value.dtype: 0, compute: 0}))
+    _checks.dtype(points, arguments[points], tuple(dict.fromkeys((value.dtype, compute))))
     own = (arguments[points].dtype,)
     for name, dtypes, source in (
         (weights, own, points),

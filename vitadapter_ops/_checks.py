@@ -187,6 +187,27 @@ def integers(name: str, values: Any, expected: str = "a sequence of integers") -
     return [_integer(name, value) for value in _sequence(name, values, expected)]
 
 
+def positive(name: str, number: Any) -> int:
+    """A Python integer of at least 1, from one of numpy or a tensor of one entry too.
+
+    One that a graph computes stays what it is.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below 1.
+    """
+    try:
+        if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
+            raise TypeError
+        if not isinstance(number, int | torch.SymInt):
+            number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {number!r}") from None
+    if number < 1:
+        raise ValueError(f"{name}: expected a positive number, got {number}")
+    return number
+
+
 def pairs(spatial_shapes: Any, name: str = "spatial_shapes") -> list[tuple[int, int]]:
     """(H, W) of each level as Python integers.
 
@@ -232,6 +253,27 @@ def _holds(condition: bool, traced: bool) -> bool:
         torch._check(condition)  # type: ignore[no-untyped-call]
         return True
     return condition
+
+
+def level_count(spatial_shapes: Any, expected: int | None = None, source: str = "") -> int:
+    """The number of levels, without reading a tensor back.
+
+    Args:
+        spatial_shapes: a table of levels.
+        expected: how many there are to be; None: any.
+        source: where that comes from.
+
+    Raises:
+        TypeError: no table of levels.
+        ValueError: not as many as expected.
+    """
+    if hasattr(spatial_shapes, "__len__") and getattr(spatial_shapes, "ndim", 1) > 0:
+        got = len(spatial_shapes)
+    else:
+        got = len(pairs(spatial_shapes))  # it says what it should be
+    if expected is not None and got != expected:
+        raise ValueError(f"spatial_shapes: expected {expected} levels ({source}), got {got}")
+    return got
 
 
 def levels(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -95,19 +94,6 @@ _NAMES = {
 }
 
 
-def _positive_integer(name: str, number: Any) -> int:
-    """The number as Python's integer; numpy's and tensors of one entry are integers too."""
-    try:
-        if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
-            raise TypeError
-        integer = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {number!r}") from None
-    if integer < 1:
-        raise ValueError(f"{name}: expected a positive number, got {integer}")
-    return integer
-
-
 def _check_ratio(ratio: Any) -> None:
     """Raises TypeError or ValueError unless it is a positive finite number."""
     if isinstance(ratio, bool) or not isinstance(ratio, Real):
@@ -118,16 +104,6 @@ def _check_ratio(ratio: Any) -> None:
         finite = False
     if not finite:
         raise ValueError(f"ratio: expected a positive finite number, got {ratio}")
-
-
-def _check_levels(spatial_shapes: Any, levels: int) -> None:
-    """Raises ValueError unless there are so many levels."""
-    try:
-        got = len(spatial_shapes)
-    except TypeError:
-        return  # the operator says what it is instead
-    if got != levels:
-        raise ValueError(f"spatial_shapes: expected {levels} levels (n_levels), got {got}")
 
 
 def check_projected(
@@ -180,10 +156,10 @@ class MSDeformAttn(nn.Module):
         ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        d_model = _positive_integer("d_model", d_model)
-        n_levels = _positive_integer("n_levels", n_levels)
-        n_heads = _positive_integer("n_heads", n_heads)
-        n_points = _positive_integer("n_points", n_points)
+        d_model = _checks.positive("d_model", d_model)
+        n_levels = _checks.positive("n_levels", n_levels)
+        n_heads = _checks.positive("n_heads", n_heads)
+        n_points = _checks.positive("n_points", n_points)
         _check_ratio(ratio)
         d_value = int(ratio * d_model)
         if d_model % n_heads or d_value % n_heads or d_value == 0:
@@ -263,7 +239,7 @@ class MSDeformAttn(nn.Module):
         points = self.n_levels * self.n_points
         try:
             # What is not the module's own, the operator checks.
-            _check_levels(input_spatial_shapes, self.n_levels)
+            _checks.level_count(input_spatial_shapes, self.n_levels, "n_levels")
             out = ms_deform_attn_from_offsets(
                 # Not -1 for the channels: no pixels have any number of them.
                 value.view(batch, pixels, self.n_heads, value.shape[2] // self.n_heads),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import _origin, is_plain_tensor, is_untouched, linear
+from vitadapter_ops.linear import has_function_of, is_plain_tensor, is_untouched, linear
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -47,7 +47,7 @@ class Upsample(nn.ConvTranspose2d):
         return (
             is_plain_tensor(self.weight)
             and is_plain_tensor(self.bias)
-            and _origin(nn.ConvTranspose2d, "forward") == nn.ConvTranspose2d.__module__
+            and has_function_of(nn.ConvTranspose2d, nn.ConvTranspose2d, "forward")
         )
 
     def _pixels(self, x: Tensor) -> Tensor:

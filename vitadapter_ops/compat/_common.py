@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, _dispatch, _ops
+from .._names import renamed
 from ..functional import grow, level_table, ms_deform_attn, ms_deform_attn_from_offsets
 from ..linear import project
 from ..modules import check_projected, initial_offsets, offsets_and_logits
 from ..reference import compute_dtype
 
 SpatialShapes = _checks.SpatialShapes
+
+# For functions that say of both whose they are.
+value_names = renamed(
+    spatial_shapes="value_spatial_shapes", level_start_index="value_level_start_index"
+)
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -260,7 +265,7 @@ def attend(
             `padding_mask`.
     """
     check_reference_points(reference_points)
-    check_levels(spatial_shapes, len(num_points))
+    _checks.level_count(spatial_shapes, len(num_points), "the module")
     try:
         offsets, logits = offsets_and_logits(module, query)
     except RuntimeError as error:
@@ -332,7 +337,7 @@ def attend_to_nearest(
         As `attend`, always with the weights.
     """
     check_reference_points(reference_points)
-    check_levels(spatial_shapes, len(num_points))
+    _checks.level_count(spatial_shapes, len(num_points), "the module")
     # Two products: from one, the offsets would get a gradient of zero instead of none, and
     # optimizers tell the two apart.
     layers: Any = module
@@ -440,26 +445,6 @@ def init_like_deformable_detr(module: nn.Module, heads: int, num_points: Sequenc
             nn.init.zeros_(linear.bias)
 
 
-def count_levels(spatial_shapes: SpatialShapes) -> int:
-    """The number of levels, without reading a tensor back.
-
-    Raises:
-        TypeError: no table of levels.
-    """
-    if hasattr(spatial_shapes, "__len__") and getattr(spatial_shapes, "ndim", 1) > 0:
-        return len(spatial_shapes)
-    return len(_checks.pairs(spatial_shapes))  # it says what it should be
-
-
-def check_levels(spatial_shapes: SpatialShapes, levels: int) -> None:
-    """Raises ValueError for a table of another number of levels than the module has."""
-    found = count_levels(spatial_shapes)
-    if found != levels:
-        raise ValueError(
-            f"spatial_shapes: expected {levels} levels, as the module has, got {found}"
-        )
-
-
 def check_tokens(
     module: nn.Module, query: Tensor, value: Tensor, *, batch_first: bool = True
 ) -> None:
@@ -530,27 +515,10 @@ def check_added(name: str, tensor: Tensor, query: Tensor) -> None:
         )
 
 
-def positive(name: str, number: int) -> int:
-    """The number as a Python integer.
-
-    Raises:
-        TypeError: not an integer.
-        ValueError: below 1.
-    """
-    if not isinstance(number, int | torch.SymInt):
-        try:
-            number = operator.index(number)
-        except TypeError:
-            raise TypeError(f"{name}: expected a positive integer, got {number!r}") from None
-    if number < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {number}")
-    return number
-
-
 def check_sizes(**sizes: int) -> None:
-    """Raises what `positive` raises for any of a constructor's sizes."""
+    """Raises what `_checks.positive` raises for any of a constructor's sizes."""
     for name, size in sizes.items():
-        positive(name, size)
+        _checks.positive(name, size)
 
 
 def check_number(name: str, number: float) -> None:

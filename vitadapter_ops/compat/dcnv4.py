@@ -64,7 +64,7 @@ class FlashDeformAttnFunction:
         _checks.is_tensor("value", value)
         _checks.is_tensor("sampling_loc_attn", sampling_loc_attn)
         _checks.dtype("sampling_loc_attn", sampling_loc_attn, _checks.FLOATING)
-        levels = _common.count_levels(value_spatial_shapes)
+        levels = _checks.level_count(value_spatial_shapes)
         points = levels * K
         if sampling_loc_attn.dim() != 4 or sampling_loc_attn.shape[3] != 3 * points:
             raise ValueError(

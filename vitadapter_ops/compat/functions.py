@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._names import renamed
 from ..reference import compute_dtype
-from ._common import SpatialShapes, points_of_levels, positive, sample, sample_lists
+from ._common import SpatialShapes, points_of_levels, sample, sample_lists, value_names
 from ._patch import Patch, Replacement
 
 __all__ = [
@@ -34,14 +33,11 @@ __all__ = [
 ]
 
 
-_named = renamed(spatial_shapes="value_spatial_shapes", level_start_index="value_level_start_index")
-
-
 class MSDeformAttnFunction:
     """What `torch.autograd.Function` subclasses of this name offer: `apply`, differentiable."""
 
     @staticmethod
-    @_named
+    @value_names
     def apply(
         value: Tensor,
         value_spatial_shapes: SpatialShapes,
@@ -68,7 +64,7 @@ class MSDeformAttnFunction:
             TypeError: a tensor is none, or an argument of another kind.
             ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
         """
-        positive("im2col_step", im2col_step)
+        _checks.positive("im2col_step", im2col_step)
         return sample(
             value,
             value_spatial_shapes,
@@ -83,7 +79,7 @@ MultiScaleDeformableAttnFunction = MSDeformAttnFunction
 MultiScaleDeformableAttentionFunction = MSDeformAttnFunction
 
 
-@_named
+@value_names
 def ms_deform_attn_core_pytorch(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -104,7 +100,7 @@ def ms_deform_attn_core_pytorch(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-@_named
+@value_names
 def multi_scale_deformable_attn_pytorch(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -115,7 +111,7 @@ def multi_scale_deformable_attn_pytorch(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-@_named
+@value_names
 def multi_scale_deformable_attention(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -126,7 +122,7 @@ def multi_scale_deformable_attention(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-@_named
+@value_names
 def deformable_attention_core_func(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -137,7 +133,7 @@ def deformable_attention_core_func(
     return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-@_named
+@value_names
 def deformable_attention_core_func_v2(
     value: Tensor | Sequence[Tensor],
     value_spatial_shapes: SpatialShapes,
@@ -176,7 +172,7 @@ def deformable_attention_core_func_v2(
     )
 
 
-@_named
+@value_names
 def multi_scale_deformable_attention_v2(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,

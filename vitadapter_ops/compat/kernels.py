@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .. import _checks
 from .._names import renamed
 from . import _common
 
@@ -56,7 +57,7 @@ class MultiScaleDeformableAttention(nn.Module):
             TypeError: a tensor is none, or an argument of another kind.
             ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
         """
-        _common.positive("im2col_step", im2col_step)
+        _checks.positive("im2col_step", im2col_step)
         return _common.sample(
             value, value_spatial_shapes_list, sampling_locations, attention_weights
         )

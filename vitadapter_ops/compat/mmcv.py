@@ -204,11 +204,7 @@ def attention(
     return output if self.batch_first else output.transpose(0, 1)
 
 
-_named = renamed(spatial_shapes="value_spatial_shapes", level_start_index="value_level_start_index")
-
-
 @torch.no_grad()
-@_named
 def ms_deform_attn_forward(
     value: Tensor,
     value_spatial_shapes: _common.SpatialShapes,
@@ -234,18 +230,18 @@ def ms_deform_attn_forward(
         TypeError: a tensor is none, or an argument of another kind.
         ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
-    _common.positive("im2col_step", im2col_step)
-    return _common.sample(
+    return MultiScaleDeformableAttnFunction.apply(
         value,
         value_spatial_shapes,
+        value_level_start_index,
         sampling_locations,
         attention_weights,
-        value_level_start_index,
+        im2col_step,
     )
 
 
 @torch.no_grad()
-@_named
+@_common.value_names
 def ms_deform_attn_backward(
     value: Tensor,
     value_spatial_shapes: _common.SpatialShapes,
@@ -279,7 +275,7 @@ def ms_deform_attn_backward(
         TypeError: a tensor is none, or an argument of another kind.
         ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
-    _common.positive("im2col_step", im2col_step)
+    _checks.positive("im2col_step", im2col_step)
     gradients = _common.sample_backward(
         value,
         value_spatial_shapes,

@@ -22,8 +22,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._names import renamed
-from ._common import SpatialShapes, positive, sample, sample_backward
+from ._common import SpatialShapes, sample, sample_backward
 from ._patch import Patch, Replacement
 
 __all__ = ["install", "ms_deform_attn_backward", "ms_deform_attn_forward"]
@@ -59,7 +60,7 @@ def ms_deform_attn_forward(
         TypeError: a tensor is none, or an argument of another kind.
         ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
-    positive("im2col_step", im2col_step)
+    _checks.positive("im2col_step", im2col_step)
     return sample(value, spatial_shapes, sampling_loc, attn_weight, level_start_index)
 
 
@@ -89,7 +90,7 @@ def ms_deform_attn_backward(
         TypeError: a tensor is none, or an argument of another kind.
         ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
-    positive("im2col_step", im2col_step)
+    _checks.positive("im2col_step", im2col_step)
     return list(
         sample_backward(
             value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output

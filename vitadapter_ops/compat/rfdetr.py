@@ -49,7 +49,7 @@ def ms_deform_attn_core_pytorch(
         ValueError: sizes, dtypes or devices disagree.
     """
     shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
-    levels = _common.count_levels(shapes)
+    levels = _checks.level_count(shapes)
     _checks.is_tensor("value", value)
     _checks.rank("value", value, "B, M, D, S")
     sampling_locations = _by_level("sampling_locations", sampling_locations, 5, levels)
