@@ -20,6 +20,14 @@ def _fixed_seed():
 
 
 @pytest.fixture
+def threads():
+    """Sets the number of threads; what it was comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """New tensors start as NaN, so that reading what was never written shows.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import oracles
 from tolerances import (
     DROP_IN_FP64_ULPS,
     DROP_IN_ULPS,
@@ -148,6 +149,26 @@ def check_training(
     with patch():
         got = sgd(model, loss)
     assert_trained_alike(got, expected)
+
+
+# --- the operator, as compiled extensions have it -----------------------------------------------
+
+SHAPES = [(5, 8), (3, 4), (2, 2)]
+TENSOR = torch.tensor(SHAPES)
+STARTS = torch.tensor([0, 40, 52])
+PIXELS, BATCH, QUERIES, HEADS, WIDTH, POINTS = 56, 2, 7, 3, 8, 4
+
+
+def tensors() -> tuple[Tensor, Tensor, Tensor]:
+    """value, locations and weights of `original`."""
+    locations = torch.rand(BATCH, QUERIES, HEADS, 3, POINTS, 2) * 1.4 - 0.2
+    weights = torch.randn(BATCH, QUERIES, HEADS, 3 * POINTS).softmax(-1)
+    return torch.randn(BATCH, PIXELS, HEADS, WIDTH), locations, weights.unflatten(3, (3, POINTS))
+
+
+def original(module: nn.Module, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The operator's definition, as a function of a module without layers."""
+    return oracles.grid_sample(value, SHAPES, locations, weights)
 
 
 # --- originals of projects that no registry has -------------------------------------------------

@@ -50,6 +50,17 @@ MODEL_GRADIENT_SHARE = 1e-5
 # is zero, such as biases before a normalisation. Measured over the same models: at most 1.2e-8.
 MODEL_GRADIENT_FLOOR = 1e-7
 
+# A step of training in fp64 spread over processes against one process's, as a share of the length
+# of each parameter and output: the same terms in another order. Measured over attention_steps.py:
+# at most 2e-16.
+SPREAD_FP64_SHARE = 1e-12
+
+# ... in bf16, which rounds offsets across the centre lines of pixels and so changes their gradients
+# (parameters; measured at most 0.036), and offsets to 2^-8 pixels and values likewise (outputs;
+# 0.010).
+SPREAD_BF16_PARAMETER_SHARE = 1e-1
+SPREAD_BF16_OUTPUT_SHARE = 5e-2
+
 # Another implementation's output against ours, as a share of the largest value, beyond which a
 # benchmark says that they disagree. Loose: one that computes locations in bf16 is off by a quarter
 # of a pixel on large maps, which is its users' concern; wrong levels or axes are off by far more.

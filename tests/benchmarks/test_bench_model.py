@@ -19,10 +19,8 @@ TINY += ["--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def _threads(threads):
+    """The benchmark sets their number."""
 
 
 @pytest.fixture

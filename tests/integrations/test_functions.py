@@ -12,24 +12,23 @@ from torch import nn
 
 import drop_in_checks
 import oracles
+from drop_in_checks import (
+    BATCH,
+    HEADS,
+    PIXELS,
+    POINTS,
+    QUERIES,
+    SHAPES,
+    STARTS,
+    TENSOR,
+    WIDTH,
+    original,
+    tensors,
+)
 from vitadapter_ops.compat import deformable_detr, functions, kernels, msda, rfdetr
 from vitadapter_ops.compat._patch import Patch, Replacement
 
-SHAPES = [(5, 8), (3, 4), (2, 2)]
-TENSOR = torch.tensor(SHAPES)
-STARTS = torch.tensor([0, 40, 52])
-PIXELS, BATCH, QUERIES, HEADS, WIDTH, POINTS = 56, 2, 7, 3, 8, 4
 MANY = [3, 6, 2]
-
-
-def tensors():
-    locations = torch.rand(BATCH, QUERIES, HEADS, 3, POINTS, 2) * 1.4 - 0.2
-    weights = torch.randn(BATCH, QUERIES, HEADS, 3 * POINTS).softmax(-1)
-    return torch.randn(BATCH, PIXELS, HEADS, WIDTH), locations, weights.unflatten(3, (3, POINTS))
-
-
-def original(module, value, locations, weights):
-    return oracles.grid_sample(value, SHAPES, locations, weights)
 
 
 def their_function(extension, in_fp32=False):

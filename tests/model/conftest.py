@@ -24,12 +24,9 @@ _SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(threads):
     """Tensors this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads(1)
 
 
 @pytest.fixture

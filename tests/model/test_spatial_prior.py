@@ -127,17 +127,22 @@ _CHANGES = {
 }
 
 
+def _assert_inference_is_unchanged(spm):
+    """Holds it to what is computed where gradients are recorded."""
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = spm(images)
+    with torch.no_grad():
+        for got, level in zip(spm(images), expected, strict=True):
+            torch.testing.assert_close(got, level.detach())
+
+
 @pytest.mark.parametrize("change", _CHANGES)
 def test_inference_computes_what_a_changed_layer_does(randomise, change):
     spm = randomise(SpatialPriorModule(width=4, embed_dim=6)).double().eval()
     for stage in (spm.stem, spm.conv2, spm.conv3, spm.conv4):
         _CHANGES[change](stage[0])
     spm.double()
-    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    expected = spm(images)
-    with torch.no_grad():
-        for got, level in zip(spm(images), expected, strict=True):
-            torch.testing.assert_close(got, level.detach())
+    _assert_inference_is_unchanged(spm)
 
 
 @pytest.mark.parametrize("change", ["no running statistics", "training norms", "buffers removed"])
@@ -150,11 +155,7 @@ def test_inference_with_batch_statistics(randomise, change):
         else:
             norm.running_mean = norm.running_var = None
             norm.track_running_stats = change == "buffers removed"
-    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    expected = spm(images)
-    with torch.no_grad():
-        for got, level in zip(spm(images), expected, strict=True):
-            torch.testing.assert_close(got, level.detach())
+    _assert_inference_is_unchanged(spm)
 
 
 @pytest.mark.parametrize("change", ["parametrized", "weight norm", "pruned"])

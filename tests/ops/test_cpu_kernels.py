@@ -32,14 +32,6 @@ def _library():
         pytest.skip(reason)
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads; what it was comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def run(inputs, cotangent, backend="cpu", wanted=(True, True, True)):
     """Output and gradients; None for a gradient that is not wanted."""
     tensors = [t.detach().requires_grad_(w) for t, w in zip(inputs.tensors, wanted, strict=True)]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import children
@@ -22,10 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
-def test_one_process_steps_as_without_parallelism(tmp_path):
-    threads = torch.get_num_threads()
+def test_one_process_steps_as_without_parallelism(tmp_path, threads):
     attention_steps.run(0, 1, tmp_path)
-    torch.set_num_threads(threads)
 
 
 def test_two_processes_step_like_one(tmp_path):

@@ -16,12 +16,9 @@ THREADS = 4
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
+def _two_threads(threads):
     """The kernels' own threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    threads(2)
 
 
 def inputs(index):
