@@ -196,13 +196,13 @@ def positive(name: str, number: Any) -> int:
         TypeError: not an integer.
         ValueError: below 1.
     """
-    try:
-        if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
-            raise TypeError
-        if not isinstance(number, int | torch.SymInt):
+    if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
+        try:
+            if isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool:
+                raise TypeError
             number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {number!r}") from None
+        except TypeError:
+            raise TypeError(f"{name}: expected an integer, got {number!r}") from None
     if number < 1:
         raise ValueError(f"{name}: expected a positive number, got {number}")
     return number
@@ -267,9 +267,9 @@ def level_count(spatial_shapes: Any, expected: int | None = None, source: str = 
         TypeError: no table of levels.
         ValueError: not as many as expected.
     """
-    if hasattr(spatial_shapes, "__len__") and getattr(spatial_shapes, "ndim", 1) > 0:
+    try:
         got = len(spatial_shapes)
-    else:
+    except TypeError:
         got = len(pairs(spatial_shapes))  # it says what it should be
     if expected is not None and got != expected:
         raise ValueError(f"spatial_shapes: expected {expected} levels ({source}), got {got}")

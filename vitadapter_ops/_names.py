@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
+import torch
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -31,6 +33,8 @@ def rename(error: Exception, names: Mapping[str, str]) -> None:
         error: what the function raised; if it is an error of ours, its message is changed in place.
         names: of each argument that has another name there, that name and the user's.
     """
+    if torch.compiler.is_compiling():
+        return  # Dynamo lets nobody change an error, and would say that instead
     message = str(error)
     if _OURS.match(message):
         words = re.compile(rf"\b(?:{'|'.join(names)})\b")

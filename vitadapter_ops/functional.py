@@ -33,6 +33,17 @@ def _remember(kind: Hashable, plan: _Plan) -> None:
     _plans[kind] = plan
 
 
+def points_dtype(
+    value: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> torch.dtype:
+    """The one dtype in which kernels take locations and weights, neither of which it narrows."""
+    # Each of the two has the dtype of value, or is fp32. Not by torch.promote_types, which a graph
+    # of torch.export keeps, and which torch.compile cannot take there.
+    if value.dtype != torch.float64 and sampling_locations.dtype == attention_weights.dtype:
+        return sampling_locations.dtype
+    return compute_dtype(value.dtype)
+
+
 def level_table(
     sizes: list[tuple[int, int]], starts: list[int], pixels: int
 ) -> tuple[list[int], list[int], bool]:
@@ -162,10 +173,7 @@ def _plan(
     _checks.rank("value", value, "B, S, M, D")
     sizes, starts = _checks.levels(spatial_shapes, level_start_index, value.shape[1])
     _checks.ms_deform_attn(value, len(sizes), sampling_locations, attention_weights)
-    # Kernels take one dtype for both; widening to the larger one loses nothing.
-    widest = torch.promote_types(sampling_locations.dtype, attention_weights.dtype)
-    if value.dtype == torch.float64:
-        widest = torch.float64
+    widest = points_dtype(value, sampling_locations, attention_weights)
     op = _dispatch.choose(backend, "ms_deform_attn", value.device.type, value.dtype, len(sizes))
     _only_reference(plain, backend, value, sampling_locations, attention_weights)
     flat, starts, grows = level_table(sizes, starts, value.shape[1])

@@ -159,6 +159,42 @@ def test_one_graph_where_shapes_are_a_list():
         torch.testing.assert_close(compiled(value, SHAPES, *points), expected, msg=name)
 
 
+def test_one_graph_for_any_im2col_step():
+    compiled = drop_in_checks.in_one_graph(functions.MSDeformAttnFunction.apply)
+    value, *points = tensors()
+    expected = oracles.grid_sample(value, SHAPES, *points)
+    for step in (64, 32, 16):  # symbolic from the second on
+        torch.testing.assert_close(compiled(value, SHAPES, None, *points, step), expected)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "step", "expected"),
+    [
+        (SHAPES, 0, "im2col_step: expected a positive number, got 0"),
+        (SHAPES[:2], 64, "spatial_shapes: expected levels with 56 pixels in all"),
+    ],
+    ids=["im2col_step", "shapes"],
+)
+def test_errors_in_one_graph_say_what_is_wrong(shapes, step, expected):
+    compiled = drop_in_checks.in_one_graph(functions.MSDeformAttnFunction.apply)
+    value, *points = tensors()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=expected):
+        compiled(value, shapes, None, *points, step)
+
+
+def test_points_beside_a_wider_value_are_widened():
+    value, *points = (tensor.double() for tensor in tensors())
+    points = [tensor.float() for tensor in points]
+    grad = torch.randn(BATCH, QUERIES, HEADS * WIDTH, dtype=torch.float64)
+    exact = (value, TENSOR, STARTS, *(tensor.double() for tensor in points))
+    expected = msda.ms_deform_attn_forward(*exact)
+    assert torch.equal(msda.ms_deform_attn_forward(value, TENSOR, STARTS, *points), expected)
+    gradients = msda.ms_deform_attn_backward(value, TENSOR, STARTS, *points, grad)
+    for got, whole in zip(gradients, msda.ms_deform_attn_backward(*exact, grad), strict=True):
+        assert torch.equal(got, whole.to(got.dtype))
+    assert [each.dtype for each in gradients] == [torch.float64, torch.float32, torch.float32]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precisions_are_widened(dtype):
     value, locations, weights = tensors()

@@ -100,7 +100,9 @@ def test_message(changes, expected):
 
 @pytest.mark.parametrize("name", ["input_spatial_shapes", "input_level_start_index"])
 @pytest.mark.parametrize(
-    "wrong", [5, "16", {4: 4, 2: 2}, torch.tensor(4), torch.zeros(2, 2, device="meta")], ids=repr
+    "wrong",
+    [5, "16", {4: 4, 2: 2}, list, torch.tensor(4), torch.zeros(2, 2, device="meta")],
+    ids=repr,
 )
 def test_what_are_no_levels_is_named(name, wrong):
     kind, message = error_of(**{name: wrong})

@@ -249,6 +249,21 @@ def test_export_keeps_the_operator():
     torch.testing.assert_close(program.module()(*arguments), module(*arguments))
 
 
+def test_what_export_makes_compiles():
+    value, locations = torch.randn(1, 12, 3, 8), torch.rand(1, 5, 3, 1, 2, 2)
+    weights = torch.rand(1, 5, 3, 1, 2)
+
+    class Sampling(torch.nn.Module):
+        def forward(self, *tensors):
+            return ms_deform_attn(tensors[0], [(3, 4)], *tensors[1:])
+
+    program = torch.export.export(Sampling(), (value, locations, weights))
+    torch._dynamo.reset()
+    compiled = torch.compile(program.module(), fullgraph=True, backend="aot_eager")
+    expected = ms_deform_attn(value, [(3, 4)], locations, weights)
+    torch.testing.assert_close(compiled(value, locations, weights), expected)
+
+
 def test_cpu_autocast_to_bf16():
     module = MSDeformAttn(d_model=32, n_levels=1, n_heads=4)
     torch.nn.init.normal_(module.sampling_offsets.weight, std=0.1)

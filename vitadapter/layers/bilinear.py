@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitadapter_ops.reference import compute_dtype
+
 
 def add_bilinear(base: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
     """Adds to a map another one, resized as F.interpolate does with align_corners=False.
@@ -42,7 +44,7 @@ def add_bilinear(base: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
 
 def _matrix(outputs: int, inputs: int, like: Tensor) -> Tensor:
     """Weights [outputs, inputs]: a hat of width 2 around each output's place, edges repeated."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = compute_dtype(like.dtype)
     place = torch.arange(outputs, dtype=dtype, device=like.device)
     place = ((place + 0.5) * (inputs / outputs) - 0.5).clamp(0, inputs - 1)
     distance = place[:, None] - torch.arange(inputs, dtype=dtype, device=like.device)

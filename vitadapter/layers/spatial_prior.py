@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitadapter_ops.linear import is_plain_tensor, is_untouched
+from vitadapter_ops.reference import compute_dtype
 
 
 class SpatialPriorModule(nn.Module):
@@ -71,7 +72,7 @@ def _run(stage: nn.Sequential, x: Tensor) -> Tensor:
         if _is_product(layer) and layers and _is_affine(layers[0]):
             norm = layers.pop(0)
             dtype = layer.weight.dtype
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = compute_dtype(dtype)
             factor = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
             weight = layer.weight * factor[:, None, None, None]
             shift = norm.bias - norm.running_mean * factor

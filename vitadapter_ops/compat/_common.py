@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from .. import _checks, _dispatch, _ops
 from .._names import renamed
-from ..functional import grow, level_table, ms_deform_attn, ms_deform_attn_from_offsets
+from ..functional import (
+    grow,
+    level_table,
+    ms_deform_attn,
+    ms_deform_attn_from_offsets,
+    points_dtype,
+)
 from ..linear import project
 from ..modules import check_projected, initial_offsets, offsets_and_logits
 from ..reference import compute_dtype
@@ -181,7 +187,7 @@ def sample_backward(
         (value.shape[0], points.shape[1], value.shape[2] * value.shape[3]),
         "value and sampling_locations",
     )
-    widest = torch.promote_types(points.dtype, weights.dtype)
+    widest = points_dtype(value, points, weights)
     op = _dispatch.choose("auto", "ms_deform_attn", value.device.type, value.dtype, len(sizes))
     backward = f"{op}_backward"
     if torch.are_deterministic_algorithms_enabled():
@@ -265,7 +271,7 @@ def attend(
             `padding_mask`.
     """
     check_reference_points(reference_points)
-    _checks.level_count(spatial_shapes, len(num_points), "the module")
+    _checks.level_count(spatial_shapes, len(num_points), "of the module")
     try:
         offsets, logits = offsets_and_logits(module, query)
     except RuntimeError as error:
@@ -337,7 +343,7 @@ def attend_to_nearest(
         As `attend`, always with the weights.
     """
     check_reference_points(reference_points)
-    _checks.level_count(spatial_shapes, len(num_points), "the module")
+    _checks.level_count(spatial_shapes, len(num_points), "of the module")
     # Two products: from one, the offsets would get a gradient of zero instead of none, and
     # optimizers tell the two apart.
     layers: Any = module
