@@ -217,7 +217,8 @@ def _shortened(name: str, contract: Contract) -> Callable[..., Any]:
 def _register_one(
     op: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    # The tag is Inductor's default, which it forgets for what _kept_by_inductor names.
+    # What Inductor asks of strides by default; of an operator on its list, see
+    # _put_on_inductors_list, it asks what its tag says.
     LIB.define(f"{op}{schema}", tags=(torch.Tag.needs_exact_strides,))
     impl(LIB, op, "CompositeExplicitAutograd")(kernel)
     register_fake(f"vitadapter_ops::{op}", _arguments.checked(schema, fake, fake=True), lib=LIB)
@@ -286,7 +287,7 @@ def register(
         contract: what it keeps to.
         kernels: what runs, forward and backward, unless csrc/ has registered kernels for a device.
     """
-    fake = _kept_by_inductor(op, contract.fakes[0])
+    fake = _put_on_inductors_list(op, contract.fakes[0])
     _register_one(op, contract.schema[0], kernels[0], fake)
     _register_backward(f"{op}_backward", contract, kernels[1])
     _register_autograd(op, contract.function(op), contract.definition)
@@ -307,21 +308,21 @@ def _decompose(op: str, composite: Callable[..., Any], fake: Callable[..., Any])
     _composites[op] = composite
 
 
-def _kept_by_inductor(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which also tells Inductor not to miss the decomposition of an operator.
+def _put_on_inductors_list(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which also puts the operator on the list of those that Inductor is to call.
 
     Where the environment has CI, as on most build servers, Inductor refuses to call an operator
-    that has a decomposition and is not in a list of its own. To load it for that takes seconds;
-    whenever it compiles, it calls the fakes first.
+    that has a decomposition and is not on that list, which is one for the process. To load Inductor
+    only for that takes seconds; when it compiles, it calls the fakes first.
     """
 
-    def kept(*arguments: Any) -> Any:
+    def listed(*arguments: Any) -> Any:
         allowed = getattr(sys.modules.get("torch._inductor.lowering"), "FALLBACK_ALLOW_LIST", None)
         if allowed is not None:
             allowed.add(f"vitadapter_ops::{op}")
         return fake(*arguments)
 
-    return kept
+    return listed
 
 
 def _define(contract: Contract, kernels: tuple[Callable[..., Any], Callable[..., Any]]) -> Contract:

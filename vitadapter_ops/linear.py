@@ -177,17 +177,16 @@ def _is_untouched(layer: nn.Module) -> bool:
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or not has_function_of(kind, kind, "forward")
-        or not has_function_of(kind, nn.Module, "__call__")
-        or not has_function_of(kind, nn.Module, "_call_impl")
+        or module_of(kind, "forward") != kind.__module__
+        or module_of(kind, "__call__") != nn.Module.__module__
+        or module_of(kind, "_call_impl") != nn.Module.__module__
     )
 
 
-def has_function_of(kind: type, owner: type, name: str) -> bool:
-    """Whether a class's function is written in the module of `owner`: nobody put another there."""
-    # functools.wraps does not change its globals. TorchScript's classes have no functions.
-    function = getattr(kind, name, None)
-    return getattr(function, "__globals__", {}).get("__name__") == owner.__module__
+def module_of(kind: type, name: str) -> str | None:
+    """The module whose text defines a class's function, which functools.wraps does not change."""
+    # TorchScript's classes have no functions.
+    return getattr(getattr(kind, name, None), "__globals__", {}).get("__name__")
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitadapter_ops.linear import has_function_of, is_plain_tensor, is_untouched, linear
+from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear, module_of
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -47,7 +47,7 @@ class Upsample(nn.ConvTranspose2d):
         return (
             is_plain_tensor(self.weight)
             and is_plain_tensor(self.bias)
-            and has_function_of(nn.ConvTranspose2d, nn.ConvTranspose2d, "forward")
+            and module_of(nn.ConvTranspose2d, "forward") == nn.ConvTranspose2d.__module__
         )
 
     def _pixels(self, x: Tensor) -> Tensor:

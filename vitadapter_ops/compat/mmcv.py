@@ -230,6 +230,7 @@ def ms_deform_attn_forward(
         TypeError: a tensor is none, or an argument of another kind.
         ValueError: sizes, dtypes or devices disagree, or im2col_step is not positive.
     """
+    # It gives errors the names of these arguments.
     return MultiScaleDeformableAttnFunction.apply(
         value,
         value_spatial_shapes,
