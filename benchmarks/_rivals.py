@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Implementation:
         """Why it cannot run here, or None."""
         try:
             importlib.import_module(self.module)
-        except (ImportError, OSError) as error:  # OSError: a library of its own does not load
+        except (ImportError, OSError, SyntaxError) as error:
+            # OSError: a library of its own does not load; SyntaxError: it is for a newer Python.
             return _report.without_paths(first_line(error))
         return self.reason()
 
@@ -118,6 +120,7 @@ def _mmcv(inputs: cases.Inputs) -> Call:
     return lambda value, *points: apply(value, shapes, starts, *points, step)
 
 
+_DEFORMOPS = "deformops.registry"
 # Two projects have this module name; each knows itself by its function.
 _MSDA_TRITON = "msda_triton"
 
@@ -150,6 +153,21 @@ def _rziga_msda_triton(inputs: cases.Inputs) -> Call:
     return lambda value, *points: function(value, shapes, *points, "zeros", False).flatten(2)
 
 
+def _deformops(inputs: cases.Inputs, *, fp32_sums: bool = False) -> Call:
+    registry = importlib.import_module(_DEFORMOPS)
+    # Its own choice sums the gradient of a 16-bit value in 16 bits on sm_90; its Triton kernels,
+    # asked for by name, sum in fp32.
+    options = {"backend": registry.Backend.TRITON} if fp32_sums else {}
+    # In what its kernels take, or every call casts them.
+    levels = [each.to(torch.int32) for each in _levels(inputs)]
+
+    def call(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        points = locations.to(value.dtype), weights.to(value.dtype).flatten(3)
+        return registry.msda(value, *levels, *points, **options).flatten(2)
+
+    return call
+
+
 OURS = Implementation("vitadapter_ops", _ours, "vitadapter_ops")
 COMPILED = Implementation("grid_sample-compiled", _compiled, "torch")
 # Our own kernels for machines without nvcc, beside those that `auto` takes.
@@ -174,6 +192,21 @@ RIVALS = (
         dtypes=(torch.float16, torch.bfloat16),
     ),
     Implementation("onedl-mmcv", _mmcv, "mmcv.ops.multi_scale_deform_attn"),
+    Implementation(
+        "deformops",
+        _deformops,
+        _DEFORMOPS,
+        _why_no_gpu,
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    ),
+    # What ours does; in fp32 the two are one.
+    Implementation(
+        "deformops-fp32",
+        functools.partial(_deformops, fp32_sums=True),
+        _DEFORMOPS,
+        _why_no_gpu,
+        dtypes=(torch.float16, torch.bfloat16),
+    ),
     Implementation(
         "roulbac-msda-triton",
         _roulbac_msda_triton,

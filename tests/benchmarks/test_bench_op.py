@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -426,6 +426,48 @@ def test_triton_rivals_are_called_as_they_want_it(msda_triton):
     torch.testing.assert_close(got, _rivals.OURS.bind(inputs)(*inputs.tensors))
     other = {"roulbac": "rziga", "rziga": "roulbac"}[msda_triton]
     assert "another project's" in rivals[f"{other}-msda-triton"].missing()
+
+
+@pytest.fixture
+def deformops(monkeypatch):
+    """A stand-in with its calling convention and its checks; returns the backends asked for."""
+    asked = []
+
+    def msda(value, shapes, starts, locations, weights, *, backend=None):
+        asked.append(backend)
+        assert value.dtype == locations.dtype == weights.dtype
+        assert (shapes.dtype, starts.dtype) == (torch.int32, torch.int32)
+        assert starts.tolist() == cases.first_pixels(shapes.tolist(), None)
+        assert weights.shape[:3] == locations.shape[:3]
+        weights = weights.unflatten(3, locations.shape[3:5])  # [B, Q, M, L * P]
+        return oracles.grid_sample(value, [tuple(s) for s in shapes.tolist()], locations, weights)
+
+    module = ModuleType("deformops.registry")
+    module.msda, module.Backend = msda, SimpleNamespace(TRITON="triton")
+    monkeypatch.setitem(sys.modules, "deformops", ModuleType("deformops"))
+    monkeypatch.setitem(sys.modules, "deformops.registry", module)
+    return asked
+
+
+def test_deformops_is_called_by_its_own_choice_and_with_fp32_sums(deformops):
+    exact = cases.SMALL[3].inputs().to(torch.float32)
+    inputs = dataclasses.replace(exact, attention_weights=exact.attention_weights.double())
+    rivals = {each.name: each for each in _rivals.RIVALS}
+    expected = _rivals.OURS.bind(exact)(*exact.tensors)
+    for name in ("deformops", "deformops-fp32"):
+        got = rivals[name].bind(inputs)(*inputs.tensors)
+        torch.testing.assert_close(got, expected)
+        assert torch.float64 not in rivals[name].dtypes  # it would run its eager code
+    assert deformops == [None, "triton"]
+    assert torch.float32 not in rivals["deformops-fp32"].dtypes  # the same kernel as by choice
+    if not torch.cuda.is_available():
+        assert rivals["deformops"].missing() == "it is for a GPU"
+
+
+def test_a_rival_for_a_newer_python_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "for_newer_python.py").write_text("class Registry[Call: ...] pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "invalid syntax" in rival("newer", None, "for_newer_python").missing()
 
 
 def test_a_rival_that_fails_or_errs_is_a_remark_and_not_a_crash(tiny, capsys, monkeypatch):
