@@ -4,27 +4,59 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich.table import Table
 
+from _cards import CARDS, card_of
 from _command import LOOK, columns
-from _rivals import DETERMINISTIC, OURS
-from _timing import Timing, ratio
+from _rivals import DETERMINISTIC, OURS, TRITON
+from _timing import ratio
 
-if TYPE_CHECKING:
-    from op import Result
+WARM, COLD = "warm", "cold"  # kinds of time, see _graphs.py
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one implementation took in one pass of one shape.
+
+    Attributes:
+        case: name of the shape.
+        shape: the same, with where the points lie.
+        dtype, which, implementation: names; `which` is the pass.
+        seconds: median time by kind of time.
+        ratios: the same to ours in the same run.
+        mib: peak memory.
+    """
+
+    case: str
+    shape: str
+    dtype: str
+    which: str
+    implementation: str
+    seconds: Mapping[str, float]
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    mib: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.implementation == OURS.name
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.shape, self.dtype, self.which
+
 
 # How far a result is on the way to a target: a ratio or microseconds, and whose it is.
-Found = tuple[float, "Result"]
-ENOUGH, MOST = ">=", "<="
+Found = tuple[float, Measured]
+ENOUGH, MORE, MOST = ">=", ">", "<="
 
 VIT_ADAPTER, ENCODER = "*ctor-*", "encoder-detr"  # injectors and extractors; one case
 GPU_ENCODER, GPU_DECODER, DINOV3 = "encoder-800x1333", "decoder-800x1333", "dinov3-*"
 DEFORMABLE_DETR = "torch-ms-deform-attn*"  # its kernel, at its own dtype and in fp32
-OTHER_TRITON = "*triton*"
+DEFORMOPS = "deformops*"  # by its own choice, and with fp32 sums
 
 
 @dataclass(frozen=True)
@@ -34,7 +66,7 @@ class Target:
     Attributes:
         cases, which, dtypes: shapes by name, passes, and dtypes, with * as in a shell.
         what: for a person.
-        bound: ENOUGH or MOST.
+        bound: ENOUGH, MORE or MOST.
         limit: a ratio or microseconds.
         unit: "x" or " us".
         found: from results and a kind of time ("warm", "cold") to all that is about the target.
@@ -47,22 +79,24 @@ class Target:
     bound: str
     limit: float
     unit: str
-    found: Callable[[Target, Sequence[Result], str], Iterator[Found]]
+    found: Callable[[Target, Sequence[Measured], str], Iterator[Found]]
 
-    def holds(self, result: Result) -> bool:
+    def holds(self, result: Measured) -> bool:
         """Whether the target speaks of this result."""
         return (
-            fnmatch.fnmatch(result.case.name, self.cases)
+            fnmatch.fnmatch(result.case, self.cases)
             and fnmatch.fnmatch(result.which, self.which)
             and fnmatch.fnmatch(result.dtype, self.dtypes)
         )
 
-    def worst(self, results: Sequence[Result], kind: str = "warm") -> Found | None:
+    def worst(self, results: Sequence[Measured], kind: str = WARM) -> Found | None:
         """What is furthest from the target; None where nothing is about it."""
-        choose = min if self.bound == ENOUGH else max
+        choose = max if self.bound == MOST else min
         return choose(self.found(self, results, kind), key=lambda each: each[0], default=None)
 
     def met(self, value: float) -> bool:
+        if self.bound == MORE:
+            return value > self.limit
         return value >= self.limit if self.bound == ENOUGH else value <= self.limit
 
     def show(self, value: float) -> str:
@@ -73,43 +107,88 @@ class Target:
         return f"{self.bound} {self.limit:g}{self.unit}"
 
 
-def median(timing: object) -> float | None:
-    return timing.median if isinstance(timing, Timing) else None
+def of_times(record: Mapping[str, Any]) -> list[Measured]:
+    """What a times-<card>.json has that targets speak of: the passes, not the backward's parts.
+
+    A ratio is to ours in the same file, which is one run.
+    """
+    found = []
+    for row in record["rows"]:
+        name, which = row["implementation"], row["pass"]
+        if (name, which) == (OURS.name, "deterministic"):
+            name, which = DETERMINISTIC.name, "backward"
+        if which in ("forward", "backward") and row["us"] is not None:
+            seconds = {WARM: row["us"] * 1e-6}
+            # The shapes of this benchmark have points around their queries alone.
+            key = (row["case"], row["case"], row["dtype"], which)
+            found.append(Measured(*key, name, seconds, mib=row["mib"]))
+    ours = {each.key: each for each in found if each.ours}
+    return [
+        replace(each, ratios={WARM: each.seconds[WARM] / ours[each.key].seconds[WARM]})
+        if each.key in ours
+        else each
+        for each in found
+    ]
 
 
-def _timed(results: Sequence[Result], name: str) -> dict[tuple[str, str, str], Result]:
+def _timed(results: Sequence[Measured], name: str) -> dict[tuple[str, str, str], Measured]:
     """Results of one of our implementations by shape, dtype and pass."""
-    return {
-        (each.shape, each.dtype, each.which): each
-        for each in results
-        if each.implementation.name == name and each.timing is not None
-    }
+    return {each.key: each for each in results if each.implementation == name and each.seconds}
+
+
+def _is_rival(name: str, rivals: str) -> bool:
+    return fnmatch.fnmatch(name, rivals) and not name.startswith(OURS.name)
+
+
+def _least(several: Iterator[Found]) -> Iterator[Found]:
+    """Of each shape, dtype and pass the smallest value: the rival at its best."""
+    best: dict[tuple[str, str, str], Found] = {}
+    for value, each in several:
+        other = best.get(each.key)
+        if other is None or value < other[0]:
+            best[each.key] = value, each
+    yield from best.values()
 
 
 def faster(cases: str, which: str, rivals: str, limit: float, dtypes: str = "fp32") -> Target:
     """At least this ratio of the time of the fastest of some rivals to ours."""
 
-    def found(target: Target, results: Sequence[Result], kind: str) -> Iterator[Found]:
-        best: dict[tuple[str, str, str], Found] = {}
-        for each in results:
-            name, value = each.implementation.name, each.ratio_of(kind)
-            rival = fnmatch.fnmatch(name, rivals) and not name.startswith(OURS.name)
-            if rival and value is not None and target.holds(each):
-                key = (each.shape, each.dtype, each.which)
-                best[key] = min(best.get(key, (value, each)), (value, each), key=lambda f: f[0])
-        yield from best.values()
+    def found(target: Target, results: Sequence[Measured], kind: str) -> Iterator[Found]:
+        yield from _least(
+            (each.ratios[kind], each)
+            for each in results
+            if _is_rival(each.implementation, rivals) and kind in each.ratios and target.holds(each)
+        )
 
     return Target(cases, which, dtypes, rivals.replace("*", ""), ENOUGH, limit, "x", found)
+
+
+def less_memory(cases: str, which: str, rivals: str, dtypes: str = "*") -> Target:
+    """Less peak memory than the most frugal of some rivals."""
+
+    def found(target: Target, results: Sequence[Measured], kind: str) -> Iterator[Found]:
+        ours = {each.key: each.mib for each in results if each.ours}
+
+        def several() -> Iterator[Found]:
+            for each in results:
+                value = ratio(each.mib, ours.get(each.key))
+                rival = _is_rival(each.implementation, rivals)
+                if kind == WARM and rival and value is not None and target.holds(each):
+                    yield value, each
+
+        yield from _least(several())
+
+    what = f"{rivals.replace('*', '')}, memory"
+    return Target(cases, which, dtypes, what, MORE, 1, "x", found)
 
 
 def at_most(cases: str, which: str, limit: float, dtypes: str) -> Target:
     """At most so many microseconds on the device."""
 
-    def found(target: Target, results: Sequence[Result], kind: str) -> Iterator[Found]:
+    def found(target: Target, results: Sequence[Measured], kind: str) -> Iterator[Found]:
         for each in results:
-            seconds = median(each.time_of(kind))
-            if each.ours and seconds is not None and target.holds(each):
-                yield seconds * 1e6, each
+            if each.ours and kind in each.seconds and target.holds(each):
+                yield each.seconds[kind] * 1e6, each
 
     return Target(cases, which, dtypes, "device time", MOST, limit, " us", found)
 
@@ -127,26 +206,26 @@ def at_most_times(
         what: for a person.
     """
 
-    def found(target: Target, results: Sequence[Result], kind: str) -> Iterator[Found]:
+    def found(target: Target, results: Sequence[Measured], kind: str) -> Iterator[Found]:
         base = _timed(results, fast[0])
         for (shape, dtype, which), each in _timed(results, slow[0]).items():
             other = base.get((shape, dtype, fast[1]))
             if which == slow[1] and other is not None and target.holds(each):
-                times = ratio(median(each.time_of(kind)), median(other.time_of(kind)))
+                times = ratio(each.seconds.get(kind), other.seconds.get(kind))
                 if times is not None:
                     yield times, each
 
     return Target(cases, slow[1], "*", what, MOST, limit, "x", found)
 
 
-def against_fp32(results: Sequence[Result], kind: str = "warm") -> list[Found]:
+def against_fp32(results: Sequence[Measured], kind: str = WARM) -> list[Found]:
     """How much faster than with fp32 our operator is with 16-bit storage, slowest first."""
     ours = _timed(results, OURS.name)
     pairs = []
     for (shape, dtype, which), each in ours.items():
         base = ours.get((shape, "fp32", which))
         if base is not None and dtype.startswith(("bf16", "fp16")):
-            value = ratio(median(base.time_of(kind)), median(each.time_of(kind)))
+            value = ratio(base.seconds.get(kind), each.seconds.get(kind))
             if value is not None:
                 pairs.append((value, each))
     return sorted(pairs, key=lambda pair: pair[0])
@@ -174,32 +253,51 @@ CPU_TARGETS = (
     NARROW,
 )
 BACKWARD, FORWARD = (OURS.name, "backward"), (OURS.name, "forward")
-GPU_TARGETS = (
-    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 3) for which in ("forward", "backward")),
-    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 5, "bf16") for which in ("forward", "backward")),
+BOTH_PASSES = ("forward", "backward")
+# With warm caches, in one run. The same for both kinds: what differs between them is memory, which
+# decides none of these shapes.
+SXM_TARGETS = (
+    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 3) for which in BOTH_PASSES),
+    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 4, "bf16") for which in BOTH_PASSES),
+    *(faster(GPU_ENCODER, which, DEFORMOPS, 1.5, "*") for which in BOTH_PASSES),
+    *(less_memory(GPU_ENCODER, which, DEFORMOPS) for which in BOTH_PASSES),
+    at_most_times(GPU_ENCODER, 3, BACKWARD, FORWARD, "our forward"),
+    at_most_times(GPU_ENCODER, 3, (DETERMINISTIC.name, "backward"), BACKWARD, "our default"),
     at_most(GPU_DECODER, "forward", 6, "bf16"),
     at_most(GPU_DECODER, "backward", 30, "bf16"),
     *(
         faster(cases, which, DEFORMABLE_DETR, 4, "*")
         for cases in (VIT_ADAPTER, DINOV3)
-        for which in ("forward", "backward")
+        for which in BOTH_PASSES
     ),
-    *(faster("*", which, OTHER_TRITON, 1.5, "*") for which in ("forward", "backward")),
-    at_most_times(GPU_ENCODER, 2, BACKWARD, FORWARD, "our forward"),
-    at_most_times(GPU_ENCODER, 3, (DETERMINISTIC.name, "backward"), BACKWARD, "our default"),
+    *(
+        at_most_times("*", 1.5, (TRITON.name, which), (OURS.name, which), "our Triton to CUDA")
+        for which in BOTH_PASSES
+    ),
     NARROW,
 )
+GPU_TARGETS: Mapping[str, tuple[Target, ...]] = {card.kind: SXM_TARGETS for card in CARDS}
+TITLES = {VIT_ADAPTER: "ViT-Adapter", DINOV3: "DINOv3 adapter", "*": "all"}
 
 
-def targets_of(device_type: str) -> tuple[Target, ...]:
-    return GPU_TARGETS if device_type == "cuda" else CPU_TARGETS
+def targets_of(gpu: str | None) -> tuple[Target, ...]:
+    """The targets of a GPU by torch's name for it; of a CPU where that is None."""
+    if gpu is None:
+        return CPU_TARGETS
+    card = card_of(gpu)
+    return () if card is None else GPU_TARGETS[card.kind]
 
 
-def as_json(targets: Sequence[Target], results: Sequence[Result]) -> list[dict[str, Any]]:
+def why_none(gpu: str) -> str:
+    kinds = " and ".join(card.title for card in CARDS)
+    return f"No targets for {gpu}: they are kept for {kinds}"
+
+
+def as_json(targets: Sequence[Target], results: Sequence[Measured]) -> list[dict[str, Any]]:
     """Every target with the worst result about it; `met` is None where nothing was measured."""
     records = []
     for target in targets:
-        warm, cold = target.worst(results), target.worst(results, "cold")
+        warm, cold = target.worst(results), target.worst(results, COLD)
         records.append(
             {
                 "cases": target.cases,
@@ -216,7 +314,7 @@ def as_json(targets: Sequence[Target], results: Sequence[Result]) -> list[dict[s
     return records
 
 
-def table(targets: Sequence[Target], results: Sequence[Result]) -> Table:
+def table(targets: Sequence[Target], results: Sequence[Measured]) -> Table:
     """Targets, met or missed, with the case that is furthest from each.
 
     Times with warm caches decide; with cold ones, measured on a GPU alone, they only stand beside.
@@ -224,16 +322,16 @@ def table(targets: Sequence[Target], results: Sequence[Result]) -> Table:
     made = Table(title="Targets: >= the other's time to ours, <= ours to the other's", **LOOK)
     columns(made, "shapes", "pass", "dtype", "other", "target", "worst", "cold", "in")
     for target in targets:
-        warm, cold = target.worst(results), target.worst(results, "cold")
+        warm, cold = target.worst(results), target.worst(results, COLD)
         made.add_row(
-            {VIT_ADAPTER: "ViT-Adapter", DINOV3: "DINOv3 adapter"}.get(target.cases, target.cases),
+            TITLES.get(target.cases, target.cases),
             target.which,
             target.dtypes if warm is None else warm[1].dtype,
             target.what,
             target.text,
             "not measured" if warm is None else _verdict(target, warm[0]),
             "-" if cold is None else target.show(cold[0]),
-            "-" if warm is None else warm[1].case.name,
+            "-" if warm is None else warm[1].case,
         )
     return made
 

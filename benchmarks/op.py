@@ -78,7 +78,7 @@ from _command import (
 )
 from _memory import ChildError, Peak, first_line, is_out_of_memory, peak_of
 from _rivals import OURS, RIVALS, Implementation
-from _targets import median, targets_of
+from _targets import Measured, targets_of
 from _timing import Case, OutOfMemory, Timing, ratio, take_turns
 from _traffic import BOTH, PASSES, Traffic, limit, plane_bytes, traffic
 from tolerances import RIVAL_SHARE
@@ -154,6 +154,23 @@ class Result:
         return self.implementation is OURS
 
     @property
+    def measured(self) -> Measured:
+        """What targets are held against."""
+        kinds = (WARM, *self.others)
+        seconds = {kind: median(self.time_of(kind)) for kind in kinds}
+        ratios = {kind: self.ratio_of(kind) for kind in kinds}
+        return Measured(
+            self.case.name,
+            self.shape,
+            self.dtype,
+            self.which,
+            self.implementation.name,
+            {kind: each for kind, each in seconds.items() if each is not None},
+            {kind: each for kind, each in ratios.items() if each is not None},
+            self.peak_mib,
+        )
+
+    @property
     def label(self) -> str:
         return f"{label(self.case)}, {self.dtype}, {self.which}"
 
@@ -164,6 +181,10 @@ class Result:
     def peak_mib(self) -> float | None:
         growth = None if self.peak is None else self.peak.growth_bytes
         return None if growth is None else growth / MIB
+
+
+def median(timing: object) -> float | None:
+    return timing.median if isinstance(timing, Timing) else None
 
 
 def label(case: cases.Case) -> str:
@@ -535,14 +556,23 @@ def show_bandwidths(console: Console, machine: _bandwidth.Machine, threads: int 
     console.print(f"{what}, measured: {levels}.", highlight=False)
 
 
-def show_verdict(console: Console, settings: Settings, results: Sequence[Result]) -> None:
+def gpu_of(record: Mapping[str, Any]) -> str | None:
+    """The name of the GPU that a run was on."""
+    gpu = record["machine"]["gpu"]
+    return None if gpu is None else str(gpu["name"])
+
+
+def show_verdict(console: Console, record: Mapping[str, Any], results: Sequence[Result]) -> None:
     console.print("Where we lose", style="bold")
     for line in losses(results):
         console.print(f"  {line}", highlight=False, markup=False)
     console.print()
-    if any(result.ours for result in results):
-        device = torch.device(settings.device).type
-        console.print(_targets.table(targets_of(device), results))
+    gpu = gpu_of(record)
+    targets = targets_of(gpu)
+    if gpu is not None and not targets:
+        console.print(_targets.why_none(gpu), highlight=False, markup=False)
+    elif any(result.ours for result in results):
+        console.print(_targets.table(targets, [each.measured for each in results]))
         console.print()
 
 
@@ -652,7 +682,7 @@ def write_json(
     shared = set(record["git"]) | {"date", "cpu", "gpu", "cores", "threads", "os"}
     shared |= {"python", "torch", "cuda"}
     rows = [row_of(record, settings.device, each, machine) for each in results]
-    targets = targets_of(torch.device(settings.device).type)
+    targets = targets_of(gpu_of(record))
     _report.write_json(
         path,
         {
@@ -662,7 +692,7 @@ def write_json(
             "rounds": settings.rounds,
             "bandwidth": None if machine is None else asdict(machine),
             "results": [{k: v for k, v in row.items() if k not in shared} for row in rows],
-            "targets": _targets.as_json(targets, results),
+            "targets": _targets.as_json(targets, [each.measured for each in results]),
             "losses": losses(results),
             "left_out": list(left_out),
         },
@@ -932,7 +962,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in notes:
         console.print(line, style="dim", highlight=False, markup=False)
     console.print()
-    show_verdict(console, settings, results)
+    show_verdict(console, record, results)
     if left_out:
         console.print(f"Left out, as time was up: {'; '.join(left_out)}", highlight=False)
     if args.json is not None:
