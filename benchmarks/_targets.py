@@ -262,7 +262,9 @@ SXM_TARGETS = (
     *(faster(GPU_ENCODER, which, DEFORMOPS, 1.5, "*") for which in BOTH_PASSES),
     *(less_memory(GPU_ENCODER, which, DEFORMOPS) for which in BOTH_PASSES),
     at_most_times(GPU_ENCODER, 3, BACKWARD, FORWARD, "our forward"),
-    at_most_times(GPU_ENCODER, 3, (DETERMINISTIC.name, "backward"), BACKWARD, "our default"),
+    at_most_times(
+        GPU_ENCODER, 3, (DETERMINISTIC.name, "backward"), BACKWARD, "deterministic to default"
+    ),
     at_most(GPU_DECODER, "forward", 6, "bf16"),
     at_most(GPU_DECODER, "backward", 30, "bf16"),
     *(

@@ -644,7 +644,7 @@ def test_targets_in_microseconds_and_to_our_own_passes():
     assert worst_of("<= 6 us", results)["met"] is False
     assert worst_of("<= 30 us", results)["met"] is None
     assert worst_of("<= 3x", results, what="our forward")["worst"] == pytest.approx(2.9)
-    found = worst_of("<= 3x", results, what="our default")
+    found = worst_of("<= 3x", results, what="deterministic to default")
     assert (found["met"], found["worst"]) == (False, pytest.approx(90 / 29))
     found = worst_of("<= 1.5x", results, **{"pass": "forward"})
     assert (found["met"], found["worst"]) == (True, pytest.approx(1.4))
@@ -699,7 +699,7 @@ def test_targets_read_the_rows_of_the_decisive_shapes_too():
         (">= 1.5x", "backward", "deformops"): pytest.approx(0.8),
         ("> 1x", "backward", "deformops, memory"): 2.0,
         ("<= 3x", "backward", "our forward"): pytest.approx(2.5),
-        ("<= 3x", "backward", "our default"): pytest.approx(4.0),
+        ("<= 3x", "backward", "deterministic to default"): pytest.approx(4.0),
     }
 
 
