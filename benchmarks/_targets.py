@@ -16,6 +16,7 @@ from _rivals import DETERMINISTIC, OURS, TRITON
 from _timing import ratio
 
 WARM, COLD = "warm", "cold"  # kinds of time, see _graphs.py
+PASSES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,32 @@ class Target:
         return f"{self.bound} {self.limit:g}{self.unit}"
 
 
+def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a times-<card>.json; the deterministic backward is an implementation of its own."""
+    own = {"implementation": DETERMINISTIC.name, "pass": "backward"}
+    return [{**row, **(own if row["pass"] == "deterministic" else {})} for row in record["rows"]]
+
+
 def of_times(record: Mapping[str, Any]) -> list[Measured]:
     """What a times-<card>.json has that targets speak of: the passes, not the backward's parts.
 
-    A ratio is to ours in the same file, which is one run.
+    A ratio is to ours in the same file, which is one run. Memory is that of a training step, and
+    stands with the backward.
     """
+    rows = rows_of(record)
+    peaks = {
+        (row["case"], row["dtype"], row["implementation"]): row["mib"]
+        for row in rows
+        if row["mib"] is not None
+    }
     found = []
-    for row in record["rows"]:
-        name, which = row["implementation"], row["pass"]
-        if (name, which) == (OURS.name, "deterministic"):
-            name, which = DETERMINISTIC.name, "backward"
-        if which in ("forward", "backward") and row["us"] is not None:
-            seconds = {WARM: row["us"] * 1e-6}
+    for row in rows:
+        case, dtype, name, which = (row[k] for k in ("case", "dtype", "implementation", "pass"))
+        if which in PASSES and row["us"] is not None:
+            mib = peaks.get((case, dtype, name)) if which == "backward" else None
             # The shapes of this benchmark have points around their queries alone.
-            key = (row["case"], row["case"], row["dtype"], which)
-            found.append(Measured(*key, name, seconds, mib=row["mib"]))
+            seconds = {WARM: row["us"] * 1e-6}
+            found.append(Measured(case, case, dtype, which, name, seconds, mib=mib))
     ours = {each.key: each for each in found if each.ours}
     return [
         replace(each, ratios={WARM: each.seconds[WARM] / ours[each.key].seconds[WARM]})
@@ -193,29 +205,30 @@ def at_most(cases: str, which: str, limit: float, dtypes: str) -> Target:
     return Target(cases, which, dtypes, "device time", MOST, limit, " us", found)
 
 
-def at_most_times(
-    cases: str, limit: float, slow: tuple[str, str], fast: tuple[str, str], what: str
+def among_ours(
+    cases: str, bound: str, limit: float, one: tuple[str, str], other: tuple[str, str], what: str
 ) -> Target:
-    """One of our passes may take so many times what another takes, at any dtype.
+    """What one of our passes takes, in times of another one of ours, at any dtype.
 
     Args:
         cases: shapes by name.
+        bound: ENOUGH or MOST.
         limit: how many times.
-        slow: implementation and pass.
-        fast: likewise.
+        one: implementation and pass.
+        other: likewise, the unit.
         what: for a person.
     """
 
     def found(target: Target, results: Sequence[Measured], kind: str) -> Iterator[Found]:
-        base = _timed(results, fast[0])
-        for (shape, dtype, which), each in _timed(results, slow[0]).items():
-            other = base.get((shape, dtype, fast[1]))
-            if which == slow[1] and other is not None and target.holds(each):
-                times = ratio(each.seconds.get(kind), other.seconds.get(kind))
+        base = _timed(results, other[0])
+        for (shape, dtype, which), each in _timed(results, one[0]).items():
+            unit = base.get((shape, dtype, other[1]))
+            if which == one[1] and unit is not None and target.holds(each):
+                times = ratio(each.seconds.get(kind), unit.seconds.get(kind))
                 if times is not None:
                     yield times, each
 
-    return Target(cases, slow[1], "*", what, MOST, limit, "x", found)
+    return Target(cases, one[1], "*", what, bound, limit, "x", found)
 
 
 def against_fp32(results: Sequence[Measured], kind: str = WARM) -> list[Found]:
@@ -253,28 +266,34 @@ CPU_TARGETS = (
     NARROW,
 )
 BACKWARD, FORWARD = (OURS.name, "backward"), (OURS.name, "forward")
-BOTH_PASSES = ("forward", "backward")
+# The fused operator and the chain of operations that it replaces, as _gpu_times.py names them.
+FUSED, CHAIN = f"{OURS.name}-fused", f"{OURS.name}-chain"
+EACH = ("forward", "backward")
 # With warm caches, in one run. The same for both kinds: what differs between them is memory, which
 # decides none of these shapes.
 SXM_TARGETS = (
-    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 3) for which in BOTH_PASSES),
-    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 4, "bf16") for which in BOTH_PASSES),
-    *(faster(GPU_ENCODER, which, DEFORMOPS, 1.5, "*") for which in BOTH_PASSES),
-    *(less_memory(GPU_ENCODER, which, DEFORMOPS) for which in BOTH_PASSES),
-    at_most_times(GPU_ENCODER, 3, BACKWARD, FORWARD, "our forward"),
-    at_most_times(
-        GPU_ENCODER, 3, (DETERMINISTIC.name, "backward"), BACKWARD, "deterministic to default"
+    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 3) for which in EACH),
+    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 4, "bf16") for which in EACH),
+    *(faster(GPU_ENCODER, which, DEFORMOPS, 1.5, "*") for which in EACH),
+    less_memory(GPU_ENCODER, "backward", DEFORMOPS),
+    among_ours(GPU_ENCODER, MOST, 3, BACKWARD, FORWARD, "to our forward"),
+    among_ours(
+        GPU_ENCODER, MOST, 3, (DETERMINISTIC.name, "backward"), BACKWARD, "deterministic to default"
+    ),
+    *(
+        among_ours(GPU_ENCODER, ENOUGH, 2, (CHAIN, which), (FUSED, which), "unfused to fused")
+        for which in ("forward", "both")
     ),
     at_most(GPU_DECODER, "forward", 6, "bf16"),
     at_most(GPU_DECODER, "backward", 30, "bf16"),
     *(
         faster(cases, which, DEFORMABLE_DETR, 4, "*")
         for cases in (VIT_ADAPTER, DINOV3)
-        for which in BOTH_PASSES
+        for which in EACH
     ),
     *(
-        at_most_times("*", 1.5, (TRITON.name, which), (OURS.name, which), "our Triton to CUDA")
-        for which in BOTH_PASSES
+        among_ours("*", MOST, 1.5, (TRITON.name, which), (OURS.name, which), "our Triton to CUDA")
+        for which in EACH
     ),
     NARROW,
 )

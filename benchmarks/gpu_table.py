@@ -24,7 +24,7 @@ import _predictions
 import _report
 import _targets
 from _cards import CARDS, Card, card_of
-from _rivals import OURS, TRITON
+from _rivals import DETERMINISTIC, OURS, TRITON
 
 DOCUMENT = _report.REPOSITORY / "docs" / "gpu.md"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,6 +34,8 @@ NOT_YET = "not yet"
 
 PASSES = ("forward", "backward")
 PARTS = tuple(part for part in _predictions.PARTS if part not in PASSES)
+# What a row may be of: "both" of the fused operator and its chain; "" where nothing was timed.
+VALID = (*_predictions.PARTS, "both", "")
 FIELDS = {"case", "dtype", "implementation", "pass", "us", "p20_us", "p80_us", "mib", "note"}
 
 Key = tuple[str, str, str]  # case, dtype, pass or part
@@ -47,11 +49,13 @@ class Run:
     Attributes:
         name: of the file.
         record: all of it.
+        timed: its rows, with one spelling of the deterministic backward.
         card: the kind of its GPU, or None where there are no targets for it.
     """
 
     name: str
     record: Mapping[str, Any]
+    timed: Sequence[Row]
     card: Card | None
 
     @property
@@ -60,9 +64,11 @@ class Run:
 
     def rows(self, key: Key) -> list[Row]:
         """All implementations of a shape, dtype and pass that were timed."""
-        return [row for row in self.record["rows"] if key_of(row) == key and row["us"] is not None]
+        return [row for row in self.timed if key_of(row) == key and row["us"] is not None]
 
     def row(self, key: Key, name: str = OURS.name) -> Row | None:
+        if key[2] == "deterministic":
+            key, name = (*key[:2], "backward"), DETERMINISTIC.name
         return next((row for row in self.rows(key) if row["implementation"] == name), None)
 
     def best_rival(self, key: Key) -> Row | None:
@@ -94,10 +100,10 @@ def read(path: Path) -> Run:
     for row in record["rows"]:
         if set(row) != FIELDS:
             raise ValueError(f"{path}: a row differs in {', '.join(sorted(FIELDS ^ set(row)))}")
-        if row["pass"] not in _predictions.PARTS:
-            valid = ", ".join(_predictions.PARTS)
+        if row["pass"] not in VALID:
+            valid = ", ".join(filter(None, VALID))
             raise ValueError(f"{path}: expected a pass of {valid}, got {row['pass']!r}")
-    return Run(path.name, record, card_of(gpu["name"]))
+    return Run(path.name, record, _targets.rows_of(record), card_of(gpu["name"]))
 
 
 def read_all(folder: Path) -> list[Run]:
@@ -126,7 +132,7 @@ def times_of(card: Card | None, run: Run | None, predicted: Mapping[Key, Row]) -
     """The tables of one kind of card, as measured in one run if there is one."""
     shapes = dict.fromkeys((case, dtype) for case, dtype, _ in predicted)
     if run is not None:
-        shapes |= dict.fromkeys((row["case"], row["dtype"]) for row in run.record["rows"])
+        shapes |= dict.fromkeys((row["case"], row["dtype"]) for row in run.timed)
     title = card.title if card is not None else (run.gpu if run is not None else "")
     lines = [f"### {title}", ""]
     keys = [(*shape, which) for shape in shapes for which in PASSES]
@@ -171,7 +177,7 @@ def _part(prediction: Row | None, run: Run | None, key: Key) -> str:
 
 
 def _below(run: Run, keys: Sequence[Key]) -> list[str]:
-    """Where a rival wins, first of all; and who was not timed."""
+    """Where a rival wins, first of all; and who could not run, or gives other results."""
     compared, lost = 0, []
     for key in keys:
         ours = run.row(key)
@@ -187,13 +193,13 @@ def _below(run: Run, keys: Sequence[Key]) -> list[str]:
     else:
         text = f"nowhere in this run ({compared} comparisons)" if compared else "none was timed"
     lines = [f"Where a rival wins: {text}."]
-    failed = {
-        f"{row['implementation']}, {row['dtype']} ({' '.join(row['note'].split())})": None
-        for row in run.record["rows"]
-        if row["us"] is None
+    remarks = {
+        f"{row['implementation']}, {row['dtype']}: {' '.join(row['note'].split())}": None
+        for row in run.timed
+        if row["note"]
     }
-    if failed:
-        lines += ["", f"Not timed: {'; '.join(failed)}."]
+    if remarks:
+        lines += ["", f"Remarks: {'; '.join(remarks)}."]
     return lines
 
 

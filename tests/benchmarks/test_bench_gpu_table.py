@@ -108,8 +108,10 @@ def test_measured_times_stand_beside_predictions_and_the_best_rival(page):
             row("vitadapter_ops-triton", "backward", 500.0),
             row("torch-ms-deform-attn", "backward", 2000.0),
             row("deformops", "backward", 380.0),
-            row("deformops-fp32", "backward", None, note="cannot run: no\ntorch"),
+            row("deformops-fp32", "", None, note="cannot run: no\ntorch"),
             row("vitadapter_ops", "zeros", 12.34),
+            row("vitadapter_ops-deterministic", "backward", 56.78),
+            row("vitadapter_ops-fused", "both", 1.0),
         )
     )
     part = part_of(text, "H200")
@@ -122,6 +124,7 @@ def test_measured_times_stand_beside_predictions_and_the_best_rival(page):
         "0.95x",
     ]
     assert " / 12.3 (" in part
+    assert " / 56.8 (" in part
     lines = part.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| encoder"))
     last = lines.index("", first) - 1
@@ -129,7 +132,7 @@ def test_measured_times_stand_beside_predictions_and_the_best_rival(page):
         "",
         "Where a rival wins: deformops (encoder-800x1333, bf16, backward) 0.95x.",
     ]
-    assert "Not timed: deformops-fp32, bf16 (cannot run: no torch)." in lines
+    assert "Remarks: deformops-fp32, bf16: cannot run: no torch." in lines
     caption = "`times-h200.json`: NVIDIA H200, 2031-02-03, python 3.12.1, torch 2.11.0, cuda 13.0, "
     assert f"{caption}commit 012345678." in lines
     assert "Not measured on an H100 80 GB yet." in part_of(text, "H100 80 GB")
@@ -195,7 +198,10 @@ def test_a_page_that_is_behind_fails_the_check(page, capsys):
         ({"schema": 2}, "expected schema 1 of gpu-times, got 2 of gpu-times"),
         ({"benchmark": "op"}, "expected schema 1 of gpu-times, got 1 of op"),
         ({"machine": {"gpu": None}}, "these are times of no GPU"),
-        ({"rows": [row("vitadapter_ops", "both", 1.0)]}, "expected a pass of forward, backward"),
+        (
+            {"rows": [row("vitadapter_ops", "sideways", 1.0)]},
+            "expected a pass of forward, backward",
+        ),
         ({"rows": [{"case": "x"}]}, "a row differs in dtype"),
     ],
 )
