@@ -9,26 +9,27 @@
 
 namespace vitadapter::cuda {
 
-// Calls run(std::integral_constant<int, D>{}) if there are kernels for D = channels. These are the
-// head widths of published models: 12, 24, 40 and 128 are those of DINOv3's adapters.
+// Returns run(std::integral_constant<int, D>{}) if there are kernels for D = channels, otherwise
+// false. These are the head widths of published models: 12, 24, 40 and 128 are those of DINOv3's
+// adapters.
 template <typename value_t, typename Run>
 bool dispatch_channels(int64_t channels, const Run& run) {
   if constexpr (sizeof(value_t) <= 4) {
     switch (channels) {
       case 12:
-        return run(std::integral_constant<int, 12>{}), true;
+        return run(std::integral_constant<int, 12>{});
       case 16:
-        return run(std::integral_constant<int, 16>{}), true;
+        return run(std::integral_constant<int, 16>{});
       case 24:
-        return run(std::integral_constant<int, 24>{}), true;
+        return run(std::integral_constant<int, 24>{});
       case 32:
-        return run(std::integral_constant<int, 32>{}), true;
+        return run(std::integral_constant<int, 32>{});
       case 40:
-        return run(std::integral_constant<int, 40>{}), true;
+        return run(std::integral_constant<int, 40>{});
       case 64:
-        return run(std::integral_constant<int, 64>{}), true;
+        return run(std::integral_constant<int, 64>{});
       case 128:
-        return run(std::integral_constant<int, 128>{}), true;
+        return run(std::integral_constant<int, 128>{});
     }
   }
   return false;
@@ -47,26 +48,40 @@ bool has_pairs(const Offsets<point_t>& p) {
   return aligned(p.offsets, 2 * sizeof(point_t)) && p.offset.b % 2 == 0 && p.offset.q % 2 == 0;
 }
 
-// Whether the kernels for one D can serve: packs of 16 bytes (the widest they move) need addresses
-// that are multiples, and rows, pixels and the bytes between them have to fit 32 bits. `dense` is
-// read or written in packs as well.
+// Whether a kernel for one D can move value and `dense` (the output or its gradient) in the packs of
+// its Group: all their addresses have to be multiples of a pack. Only the width of the pack counts:
+// bf16 with D = 12 has packs of 8 bytes and heads of 24.
+template <typename Group, typename Params>
+bool has_packs(const Params& p, const void* dense) {
+  constexpr size_t kBytes = sizeof(typename Group::pack);
+  const auto steps = [](int64_t stride) { return stride % Group::kVec == 0; };
+  return aligned(p.value, kBytes) && aligned(dense, kBytes) && steps(p.stride.b) &&
+         steps(p.stride.s) && steps(p.stride.m);
+}
+
+// Whether rows, pixels and the bytes between them fit the 32 bits of the kernels for one D.
 template <typename Params>
-bool fits_specialised(const Params& p, const void* dense) {
+bool fits_32_bits(const Params& p) {
   using value_t = typename Params::value_t;
   const Problem& n = p.problem;
-  constexpr int64_t kPack = 16 / sizeof(value_t);
-  const auto steps = [&](int64_t stride) { return stride % kPack == 0; };
   const auto fits = [](int64_t number) { return number < (int64_t{1} << 31); };
   // 8 bytes: of the integer sums of fixed_point.cuh.
-  return aligned(p.value, 16) && aligned(dense, 16) && steps(p.stride.b) && steps(p.stride.s) &&
-         steps(p.stride.m) && has_pairs(p.points) && fits(n.rows()) && fits(n.pixels) &&
+  return fits(n.rows()) && fits(n.pixels) &&
          fits(p.stride.s * static_cast<int64_t>(sizeof(value_t))) && fits(n.heads * n.channels * 8);
 }
 
+// Calls run(std::integral_constant<int, CHANNELS>{}) for the kernel that serves: 0 is the general
+// one, which serves everything.
 template <typename Params, typename Run>
 void dispatch(const Params& p, const void* dense, bool general, const Run& run) {
-  if (general || !fits_specialised(p, dense) ||
-      !dispatch_channels<typename Params::value_t>(p.problem.channels, run)) {
+  using value_t = typename Params::value_t;
+  const auto specialised = [&](auto channels) {
+    if (!has_packs<Group<value_t, channels()>>(p, dense)) return false;
+    run(channels);
+    return true;
+  };
+  if (general || !has_pairs(p.points) || !fits_32_bits(p) ||
+      !dispatch_channels<value_t>(p.problem.channels, specialised)) {
     run(std::integral_constant<int, 0>{});
   }
 }

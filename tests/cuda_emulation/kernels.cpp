@@ -83,22 +83,26 @@ Params make_params(const Numbers& sizes, const Numbers& levels, const Numbers& s
 // A grid smaller than the work, so that the kernels have to stride.
 constexpr unsigned kBlocks = 3, kThreads = 64;
 
+// Both directions return the D of the kernel that served, 0 for the general one.
 template <typename value_t, typename Points>
-void forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
+int forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
              const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
   auto p =
       make_params<ForwardParams<value_t, Points>>(sizes, levels, strides, layout, points, rest);
   p.out = at<value_t>(rest[2]);
   p.weights = at<typename Points::point_t>(rest[3]);
+  int served = 0;
   cuda::dispatch(p, p.out, general, [&](auto channels) {
+    served = channels();
     emulation::launch(cuda::ms_deform_attn_forward_kernel<value_t, Points, channels()>, kBlocks,
                       kThreads, cuda::ForwardArguments<value_t, Points>(p));
   });
+  return served;
 }
 
 // `fixed`: integer sums like the gradient of value and their state, all zero, or nothing.
 template <typename value_t, typename Points>
-void backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
+int backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
               const Numbers& layout, const Addresses& points, const Addresses& rest,
               const Addresses& grads, const Addresses& fixed, bool general) {
   using point_t = typename Points::point_t;
@@ -116,7 +120,9 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
     emulation::launch(cuda::ms_deform_attn_measure_kernel<value_t, point_t>, kBlocks,
                       cuda::kFixedPointThreads, cuda::measure(p));
   }
+  int served = 0;
   cuda::dispatch(p, p.grad_out, general, [&](auto channels) {
+    served = channels();
     emulation::launch(cuda::ms_deform_attn_backward_kernel<value_t, Points, channels()>, kBlocks,
                       kThreads, p);
   });
@@ -126,6 +132,7 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
                         {p.fixed, p.grad_value, n.batch * n.pixels * n.heads * n.channels});
     }
   }
+  return served;
 }
 
 template <typename value_t, typename point_t>

@@ -178,6 +178,85 @@ def test_specialised_kernels_equal_the_reference(kernels, scalar_kernels, channe
     check(scalar_kernels, case, dtypes)
 
 
+# value as a view, and the widest pack in bytes that it can be read in.
+LAYOUTS = {
+    "contiguous": 16,
+    "head-major": 16,
+    "slice at 16 bytes": 16,
+    "slice at 8 bytes": 8,
+    "slice at one number": 0,
+}
+
+
+def value_laid_out(layout, dtype, channels, pixels=12, heads=3):
+    shape = (2, pixels, heads, channels)
+    if layout == "contiguous":
+        return torch.ones(shape, dtype=dtype)
+    if layout == "head-major":
+        return torch.ones(2, heads, pixels, channels, dtype=dtype).transpose(1, 2)
+    skipped = max(LAYOUTS[layout], dtype.itemsize) // dtype.itemsize
+    wide = torch.ones(2, pixels, heads * channels + skipped, dtype=dtype)
+    return wide[..., skipped:].unflatten(-1, (heads, channels))
+
+
+def pack_bytes(dtype, channels):
+    """Of the kernel for a width: 4 numbers, or 16 bytes where four lanes have as much to do."""
+    return 8 if dtype.itemsize == 2 and channels in (12, 16) else 16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+@pytest.mark.parametrize("channels", [*SPECIALISED, 8, 31])
+def test_which_kernel_serves(kernels, channels, dtypes, layout):
+    dtype, points = cases.DTYPES[dtypes]
+    value = value_laid_out(layout, dtype, channels)
+    specialised = channels in SPECIALISED and dtype != torch.float64
+    fits = pack_bytes(dtype, channels) <= LAYOUTS[layout]
+    expected = channels if specialised and fits else 0
+    assert served(kernels, dtypes, value, points) == [expected] * 4
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "fp16_points_fp32"])
+def test_the_general_kernel_serves_pairs_that_are_not_aligned(kernels, dtypes):
+    dtype, points = cases.DTYPES[dtypes]
+    value = value_laid_out("contiguous", dtype, 12)
+    assert served(kernels, dtypes, value, points, shift=1) == [0] * 4
+
+
+def served(kernels, dtypes, value, points, shift=0):
+    """D of the kernels that serve the operators, located and from offsets, forward and backward.
+
+    `shift`: numbers before the first location or offset.
+    """
+    batch, pixels, heads, channels = value.shape
+    queries, each = 2, 3
+    sizes = [batch, pixels, queries, heads, channels]
+    levels = [3, pixels // 3, 0, each]
+    pairs = batch * queries * heads * each * 2
+    xy = torch.full((pairs + shift,), 0.5, dtype=points)[shift:]
+    weights = torch.full((pairs // 2,), 0.5, dtype=points)
+    compute = torch.float64 if value.dtype == torch.float64 else torch.float32
+    reference = torch.full((batch, queries, 1, 2), 0.5, dtype=compute)
+    out = torch.ones(batch, queries, heads, channels, dtype=value.dtype)
+    grad_value = torch.zeros(value.shape, dtype=compute)
+    grads = [torch.empty_like(xy).resize_(pairs), torch.empty_like(weights)]
+    chosen = []
+    per_query = heads * each
+    strides = [queries * 2 * per_query, 2 * per_query, queries * per_query, per_query]
+    for name, layout, where in (
+        ("", [], [xy, weights]),
+        ("offsets_", [*strides, batch, 1, 2, queries], [xy, weights, reference, None]),
+    ):
+        shape = [sizes, levels, list(value.stride()[:3]), layout, [address(t) for t in where]]
+        wanted = [*map(address, grads), *[0, 0] * (name != "")]
+        forward = getattr(kernels, f"{name}forward_{dtypes}")
+        backward = getattr(kernels, f"{name}backward_{dtypes}")
+        chosen.append(forward(*shape, [address(value), 0, address(out), 0], False))
+        rest = [address(value), 0, address(out), address(grad_value)]
+        chosen.append(backward(*shape, rest, wanted, [], False))
+    return chosen
+
+
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 def test_queries_that_are_pixels(kernels, dtypes):
     check(kernels, ENCODER, dtypes)
