@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernel serves a problem. No torch header.
+// Which kernel serves a problem, and how it is launched. No torch header.
 #pragma once
 
 #include <type_traits>
@@ -69,6 +69,30 @@ void dispatch(const Params& p, const void* dense, bool general, const Run& run) 
       !dispatch_channels<typename Params::value_t>(p.problem.channels, run)) {
     run(std::integral_constant<int, 0>{});
   }
+}
+
+// The dynamic shared memory of a block that the launch needs no attribute for.
+constexpr int64_t kMaxBlockMemory = 48 << 10;
+
+// Threads and bytes of dynamic shared memory of each block.
+struct LaunchShape {
+  int threads;
+  int64_t bytes;
+};
+
+template <typename value_t, int CHANNELS>
+LaunchShape forward_shape() {
+  return {kForwardThreads, kForwardThreads / kWarp * Stage<value_t, CHANNELS>::kWarpBytes};
+}
+
+// Blocks get smaller where a row has very many points. Beyond some number not even a block of one
+// warp stays within kMaxBlockMemory: no launch is possible then.
+template <typename value_t, typename Points, int CHANNELS>
+LaunchShape backward_shape(int64_t points) {
+  const int64_t warp_bytes = BackwardMemory<value_t, Points, CHANNELS>::warp_bytes(points);
+  int threads = kBackwardThreads;
+  while (threads > kWarp && threads / kWarp * warp_bytes > kMaxBlockMemory) threads /= 2;
+  return {threads, threads / kWarp * warp_bytes};
 }
 
 // What the measuring kernel reads.
