@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernel serves a problem. No torch header.
+// Which kernel serves a problem, and how it is launched. No torch header.
 #pragma once
 
 #include <type_traits>
@@ -48,9 +48,9 @@ bool has_pairs(const Offsets<point_t>& p) {
   return aligned(p.offsets, 2 * sizeof(point_t)) && p.offset.b % 2 == 0 && p.offset.q % 2 == 0;
 }
 
-// Whether a kernel for one D can move value and `dense` (the output or its gradient) in the packs of
-// its Group: all their addresses have to be multiples of a pack. Only the width of the pack counts:
-// bf16 with D = 12 has packs of 8 bytes and heads of 24.
+// Whether a kernel for one D can move value and `dense` (the output or its gradient) in the packs
+// of its Group: all their addresses have to be multiples of a pack. Only the width of the pack
+// counts: bf16 with D = 12 has packs of 8 bytes and heads of 24.
 template <typename Group, typename Params>
 bool has_packs(const Params& p, const void* dense) {
   constexpr size_t kBytes = sizeof(typename Group::pack);
@@ -84,6 +84,30 @@ void dispatch(const Params& p, const void* dense, bool general, const Run& run) 
       !dispatch_channels<value_t>(p.problem.channels, specialised)) {
     run(std::integral_constant<int, 0>{});
   }
+}
+
+// The dynamic shared memory of a block that the launch needs no attribute for.
+constexpr int64_t kMaxBlockMemory = 48 << 10;
+
+// Threads and bytes of dynamic shared memory of each block.
+struct LaunchShape {
+  int threads;
+  int64_t bytes;
+};
+
+template <typename value_t, int CHANNELS>
+LaunchShape forward_shape() {
+  return {kForwardThreads, kForwardThreads / kWarp * Stage<value_t, CHANNELS>::kWarpBytes};
+}
+
+// Blocks get smaller where a row has very many points. Beyond some number not even a block of one
+// warp stays within kMaxBlockMemory: no launch is possible then.
+template <typename value_t, typename Points, int CHANNELS>
+LaunchShape backward_shape(int64_t points) {
+  const int64_t warp_bytes = BackwardMemory<value_t, Points, CHANNELS>::warp_bytes(points);
+  int threads = kBackwardThreads;
+  while (threads > kWarp && threads / kWarp * warp_bytes > kMaxBlockMemory) threads /= 2;
+  return {threads, threads / kWarp * warp_bytes};
 }
 
 // What the measuring kernel reads.

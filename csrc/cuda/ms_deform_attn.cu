@@ -21,15 +21,13 @@ cudaStream_t current_stream() {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Enough blocks of `threads` for `total` threads; kernels stride over what exceeds the grid's
-// limit. The caller has set the device and knows that there is work: a grid of 0 blocks is an
-// error.
+// Enough blocks for `total` threads; kernels stride over what exceeds the grid's limit. The caller
+// has set the device and knows that there is work: a grid of 0 blocks is an error.
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t total, int threads, const Params& params,
-            int64_t memory = 0) {
-  const int64_t blocks = std::min<int64_t>((total + threads - 1) / threads, 0x7fffffff);
-  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(memory), current_stream()>>>(
-      params);
+void launch(void (*kernel)(Params), int64_t total, const LaunchShape& shape, const Params& params) {
+  const int64_t blocks = std::min<int64_t>((total + shape.threads - 1) / shape.threads, 0x7fffffff);
+  kernel<<<static_cast<unsigned>(blocks), shape.threads, static_cast<size_t>(shape.bytes),
+           current_stream()>>>(params);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -52,10 +50,9 @@ struct Cuda {
   static void forward(const ForwardParams<value_t, Points>& params) {
     const ForwardArguments<value_t, Points> p(params);
     dispatch(p, p.out, false, [&](auto channels) {
-      using stage = Stage<value_t, channels()>;
-      const int64_t threads = p.problem.rows() * stage::group::kLanes;
-      launch(ms_deform_attn_forward_kernel<value_t, Points, channels()>, threads, kForwardThreads,
-             p, kForwardThreads / kWarp * stage::kWarpBytes);
+      launch(ms_deform_attn_forward_kernel<value_t, Points, channels()>,
+             p.problem.rows() * Group<value_t, channels()>::kLanes,
+             forward_shape<value_t, channels()>(), p);
     });
   }
 
@@ -83,29 +80,22 @@ struct Cuda {
       const auto measured = measure(p);
       launch(ms_deform_attn_measure_kernel<value_t, typename Points::point_t>,
              std::max(measured.grad_count, measured.weight_count) / kElementsPerThread + 1,
-             kFixedPointThreads, measured);
+             {kFixedPointThreads, 0}, measured);
     }
     dispatch(p, p.grad_out, false, [&](auto channels) {
-      using memory = BackwardMemory<value_t, Points, channels()>;
-      // 48 KiB is what a block may have without asking; with very many points blocks get smaller.
-      constexpr int64_t kMemory = 48 << 10;
-      int threads = kBackwardThreads;
-      while (threads > kWarp && threads / kWarp * memory::warp_bytes(n.points) > kMemory) {
-        threads /= 2;
-      }
-      const int64_t bytes = threads / kWarp * memory::warp_bytes(n.points);
-      if (bytes > kMemory) {
-        fail("sampling_offsets: expected points of a query and head that ", kMemory,
+      const LaunchShape shape = backward_shape<value_t, Points, channels()>(n.points);
+      if (shape.bytes > kMaxBlockMemory) {
+        fail("sampling_offsets: expected points of a query and head that ", kMaxBlockMemory,
              " bytes of shared memory hold in the CUDA backward, got ", n.points);
       }
       launch(ms_deform_attn_backward_kernel<value_t, Points, channels()>,
-             n.rows() * memory::stage::group::kLanes, threads, p, bytes);
+             n.rows() * Group<value_t, channels()>::kLanes, shape, p);
     });
     if constexpr (std::is_same<acc_t<value_t>, float>::value) {
       if (fixed) {
         const FinishArguments finish{p.fixed, p.grad_value, sums.numel()};
         launch(ms_deform_attn_finish_kernel, finish.count / kElementsPerThread + 1,
-               kFixedPointThreads, finish);
+               {kFixedPointThreads, 0}, finish);
       }
     }
   }

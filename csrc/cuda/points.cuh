@@ -178,9 +178,10 @@ struct Stage {
   using acc = acc_t<value_t>;
   using sample = Sample<acc, typename group::index_t>;
   static constexpr int kEach = group::kEach, kPoints = group::kPoints;
-  // 16 bytes between rows, so that the rows of a warp read different banks.
-  static constexpr int kRowBytes = kPoints * sizeof(sample) + 16;
-  static constexpr int kWarpBytes = group::kRows * kRowBytes;
+  // Between the rows of a warp, so that they read different banks.
+  static constexpr int kPadding = 16;
+  static constexpr int kRowBytes = kPoints * sizeof(sample) + kPadding;
+  static constexpr int kWarpBytes = group::kRows * kRowBytes - kPadding;
 
   __device__ __forceinline__ static sample* of_row(unsigned char* memory, int lane) {
     return reinterpret_cast<sample*>(memory + lane / group::kLanes * kRowBytes);

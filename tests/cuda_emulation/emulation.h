@@ -3,6 +3,9 @@
 // of blocks, warps of 32 lanes that exchange values through shuffles, memory of a block, atomics.
 // Include it before a .cuh.
 //
+// A block's dynamic shared memory is as large as its launch asks for. It begins as NaN, and so does
+// what lies beyond, which no thread may write.
+//
 // Every thread of a block is a fiber with its own stack; blocks run one after the other. A shuffle
 // stores the lane's value and waits until all lanes of its mask have stored theirs. Waiting that
 // can never end, a lane outside its own mask and a read from a lane outside the mask are errors, as
@@ -12,6 +15,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,10 +33,11 @@
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// What a kernel declares as its dynamic shared memory, one block's at a time.
+// What a kernel declares as its dynamic shared memory, one block's at a time. At most as much as
+// the largest multiprocessors give a block (227 KiB), and some KiB to see writes beyond.
 namespace vitadapter::cuda {
-constexpr size_t kBlockMemory = 48 << 10;
-__attribute__((aligned(16))) inline unsigned char vitadapter_block_memory[kBlockMemory];
+constexpr size_t kMostBlockMemory = 227 << 10;
+__attribute__((aligned(16))) inline unsigned char vitadapter_block_memory[256 << 10];
 }  // namespace vitadapter::cuda
 
 namespace emulation {
@@ -91,7 +96,7 @@ inline void step(Fiber& fiber, unsigned index) {
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   getcontext(&fiber.context);
-  fiber.stack = std::make_unique<char[]>(kStackBytes);
+  fiber.stack.reset(new char[kStackBytes]);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
@@ -99,15 +104,50 @@ inline void step(Fiber& fiber, unsigned index) {
   setcontext(&fiber.context);
 }
 
-// kernel<<<blocks, threads>>>(params)
+// The dynamic shared memory of one block, and a guard behind it. Both patterns are NaN in every
+// dtype; the guard's is none that arithmetic yields, so that a NaN written there shows.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) : guard_(begin() + bytes / sizeof(uint16_t)) {
+    if (bytes > vitadapter::cuda::kMostBlockMemory) {
+      throw std::runtime_error("no block has " + std::to_string(bytes) + " bytes of shared memory");
+    }
+    std::fill(begin(), guard_, uint16_t{0xffff});
+    std::fill(guard_, end(), kGuard);
+  }
+
+  // Throws if the kernel wrote to the guard.
+  void check() const {
+    const uint16_t* written = std::find_if(guard_, end(), [](uint16_t v) { return v != kGuard; });
+    if (written == end()) return;
+    throw std::runtime_error("a kernel wrote to byte " + offset(written) + " of " + offset(guard_) +
+                             " bytes of shared memory");
+  }
+
+ private:
+  static constexpr uint16_t kGuard = 0xffa5;
+  static uint16_t* begin() {
+    return reinterpret_cast<uint16_t*>(vitadapter::cuda::vitadapter_block_memory);
+  }
+  static uint16_t* end() {
+    return begin() + sizeof(vitadapter::cuda::vitadapter_block_memory) / sizeof(uint16_t);
+  }
+  static std::string offset(const uint16_t* p) {
+    return std::to_string((p - begin()) * sizeof(uint16_t));
+  }
+
+  uint16_t* guard_;
+};
+
+// kernel<<<blocks, threads, bytes>>>(params)
 template <typename Params>
-void launch(void (*kernel)(Params), unsigned blocks, unsigned threads, const Params& params) {
+void launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t bytes,
+            const Params& params) {
   grid_size = {blocks, 1, 1};
   block_size = {threads, 1, 1};
   for (unsigned b = 0; b < blocks; ++b) {
     block_index = {b, 0, 0};
-    // NaN, so that reading what was never written shows.
-    std::memset(vitadapter::cuda::vitadapter_block_memory, 0xff, vitadapter::cuda::kBlockMemory);
+    const SharedMemory shared(bytes);
     Block current;
     current.fibers = std::vector<Fiber>(threads);
     current.warps.resize((threads + 31) / 32);
@@ -126,6 +166,7 @@ void launch(void (*kernel)(Params), unsigned blocks, unsigned threads, const Par
         throw std::runtime_error("lanes of a shuffle's mask never arrived");
       }
     }
+    shared.check();
   }
 }
 

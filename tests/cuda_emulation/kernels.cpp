@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels, run by the emulation, for Python: tensors come as addresses.
+// The CUDA kernels, launched in the emulation as csrc/cuda launches them, for Python: tensors come
+// as addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -80,13 +81,20 @@ Params make_params(const Numbers& sizes, const Numbers& levels, const Numbers& s
   return p;
 }
 
-// A grid smaller than the work, so that the kernels have to stride.
-constexpr unsigned kBlocks = 3, kThreads = 64;
+// Blocks as the launcher of csrc/cuda makes them, but a third as many as the work needs: the
+// kernels have to stride.
+template <typename Params>
+void launch(void (*kernel)(Params), int64_t total, const cuda::LaunchShape& shape,
+            const Params& params) {
+  const int64_t blocks = (total + shape.threads - 1) / shape.threads;
+  emulation::launch(kernel, static_cast<unsigned>((blocks + 2) / 3),
+                    static_cast<unsigned>(shape.threads), static_cast<size_t>(shape.bytes), params);
+}
 
 // Both directions return the D of the kernel that served, 0 for the general one.
 template <typename value_t, typename Points>
 int forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
-             const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
+            const Numbers& layout, const Addresses& points, const Addresses& rest, bool general) {
   auto p =
       make_params<ForwardParams<value_t, Points>>(sizes, levels, strides, layout, points, rest);
   p.out = at<value_t>(rest[2]);
@@ -94,8 +102,9 @@ int forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
   int served = 0;
   cuda::dispatch(p, p.out, general, [&](auto channels) {
     served = channels();
-    emulation::launch(cuda::ms_deform_attn_forward_kernel<value_t, Points, channels()>, kBlocks,
-                      kThreads, cuda::ForwardArguments<value_t, Points>(p));
+    launch(cuda::ms_deform_attn_forward_kernel<value_t, Points, channels()>,
+           p.problem.rows() * cuda::Group<value_t, channels()>::kLanes,
+           cuda::forward_shape<value_t, channels()>(), cuda::ForwardArguments<value_t, Points>(p));
   });
   return served;
 }
@@ -103,8 +112,8 @@ int forward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
 // `fixed`: integer sums like the gradient of value and their state, all zero, or nothing.
 template <typename value_t, typename Points>
 int backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides,
-              const Numbers& layout, const Addresses& points, const Addresses& rest,
-              const Addresses& grads, const Addresses& fixed, bool general) {
+             const Numbers& layout, const Addresses& points, const Addresses& rest,
+             const Addresses& grads, const Addresses& fixed, bool general) {
   using point_t = typename Points::point_t;
   using Params = BackwardParams<value_t, Points, acc_t<value_t>>;
   auto params = make_params<Params>(sizes, levels, strides, layout, points, rest);
@@ -117,19 +126,21 @@ int backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides
     p.fixed.sums = at<unsigned long long>(fixed[0]);
     p.fixed.state = at<uint32_t>(fixed[1]);
     p.fixed.fraction = cuda::FixedPoint::fraction_for(n.queries * n.points);
-    emulation::launch(cuda::ms_deform_attn_measure_kernel<value_t, point_t>, kBlocks,
-                      cuda::kFixedPointThreads, cuda::measure(p));
+    launch(cuda::ms_deform_attn_measure_kernel<value_t, point_t>, n.rows() * n.channels,
+           {cuda::kFixedPointThreads, 0}, cuda::measure(p));
   }
   int served = 0;
   cuda::dispatch(p, p.grad_out, general, [&](auto channels) {
     served = channels();
-    emulation::launch(cuda::ms_deform_attn_backward_kernel<value_t, Points, channels()>, kBlocks,
-                      kThreads, p);
+    launch(cuda::ms_deform_attn_backward_kernel<value_t, Points, channels()>,
+           n.rows() * cuda::Group<value_t, channels()>::kLanes,
+           cuda::backward_shape<value_t, Points, channels()>(n.points), p);
   });
   if constexpr (std::is_same<acc_t<value_t>, float>::value) {
     if (!fixed.empty()) {
-      emulation::launch(cuda::ms_deform_attn_finish_kernel, kBlocks, cuda::kFixedPointThreads,
-                        {p.fixed, p.grad_value, n.batch * n.pixels * n.heads * n.channels});
+      const int64_t sums = n.batch * n.pixels * n.heads * n.channels;
+      launch(cuda::ms_deform_attn_finish_kernel, sums, {cuda::kFixedPointThreads, 0},
+             {p.fixed, p.grad_value, sums});
     }
   }
   return served;
@@ -149,6 +160,10 @@ PYBIND11_MODULE(emulated_kernels, m) {
   m.def("state_size", &cuda::FixedPoint::state_size);
   m.def("quotient",
         [](uint32_t number, int64_t divisor) { return cuda::Divisor(divisor).quotient(number); });
+  m.def("fused_backward_shape", [](int64_t points) {
+    const cuda::LaunchShape shape = cuda::backward_shape<float, Offsets<float>, 32>(points);
+    return Numbers{shape.threads, shape.bytes};
+  });
   // (b, q, m) of the row at a place in the order in which rows are taken, and its number in memory.
   m.def("row_at", [](const Numbers& sizes, const Numbers& levels, uint32_t place) {
     const Problem n = make_problem(sizes, levels);

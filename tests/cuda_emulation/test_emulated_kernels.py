@@ -7,6 +7,7 @@ of the source, each with one mistake, must be caught.
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,22 @@ def served(kernels, dtypes, value, points, shift=0):
         rest = [address(value), 0, address(out), address(grad_value)]
         chosen.append(backward(*shape, rest, wanted, [], False))
     return chosen
+
+
+def test_blocks_of_the_backward_get_smaller_with_very_many_points(kernels):
+    # 4 rows a warp: 2 KiB of Samples, and with offsets 4 bytes for each point of each row.
+    assert kernels.fused_backward_shape(16)[0] == 256
+    seen = set()
+    for points in (16, 100, 240, 400, 1000, 2500):
+        threads, size = kernels.fused_backward_shape(points)
+        assert threads // 32 * 16 * points < size <= 48 << 10
+        seen.add(threads)
+    assert seen == {256, 128, 64, 32}
+    assert kernels.fused_backward_shape(3000)[1] > 48 << 10
+    for points in (400, 1000):
+        case = cases.OffsetCase("very-many-points", ((5, 7),), (points,), batch=1, channels=32)
+        # In fp32 sums of so many terms are less accurate than eager's.
+        check_offsets(kernels, case, "bf16")
 
 
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
@@ -582,20 +599,30 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
-    file, right, wrong = MUTATIONS[name]
-    source = tmp_path / "csrc"
+def run_with(mistake, folder, script):
+    """Runs a script whose `kernels` are compiled from a copy of the source with a mistake."""
+    file, right, wrong = mistake
+    source = folder / "csrc"
     shutil.copytree(_extension.source_dir(), source)
     text = (source / file).read_text()
     assert text.count(right) == 1
     (source / file).write_text(text.replace(right, wrong))
     # In a process of its own: a second module of the same name would share the first one's state.
-    script = (
+    prepare = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
         "from pathlib import Path\n"
         "import cases, test_emulated_kernels as t\n"
         "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]), only_fp32=True)\n"
+    )
+    arguments = [str(HERE), str(HERE.parent), str(folder), str(source)]
+    return subprocess.run(
+        [sys.executable, "-c", prepare + script, *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
+    script = (
         "try:\n"
         "    for case in (cases.SMALL[3], cases.SMALL[7], t.ENCODER):\n"
         "        t.check(kernels, case, 'fp32')\n"
@@ -606,11 +633,54 @@ def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
         "except (AssertionError, RuntimeError) as error:\n"
         "    print('caught:', error)\n"
     )
-    arguments = [str(HERE), str(HERE.parent), str(tmp_path), str(source)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
-    )
+    done = run_with(MUTATIONS[name], tmp_path, script)
     # What is read before it is written is NaN, and as a pixel it leads out of the process's memory,
     # as do rows that do not exist.
     assert done.returncode in (0, -signal.SIGSEGV, -signal.SIGABRT), done.stderr
     assert done.returncode != 0 or done.stdout.startswith("caught:"), done.stdout
+
+
+# 16 bytes less for each block than its warps use.
+TOO_SMALL = {
+    "forward": (
+        "cuda/launch.cuh",
+        "Stage<value_t, CHANNELS>::kWarpBytes}",
+        "Stage<value_t, CHANNELS>::kWarpBytes - 16}",
+    ),
+    "backward": ("cuda/launch.cuh", "kWarp * warp_bytes}", "kWarp * warp_bytes - 16}"),
+}
+# Rows for all warps of a block, with all points on the map.
+FULL = cases.Case("full", ((5, 7), (3, 4)), queries=13, points=40, spread=0)
+FULL_OFFSETS = cases.OffsetCase(
+    "full", FULL.shapes, (40, 40), queries=13, spread=0.1, grids=FULL.shapes
+)
+
+
+def errors_of_full_blocks(kernels):
+    """What the emulation says of each operator and kernel when blocks use all of their memory."""
+    for channels, general in ((12, 0), (16, 0), (32, 0), (64, 0), (128, 0), (20, 0), (32, 1)):
+        for case, run in ((FULL, emulate), (FULL_OFFSETS, emulate_offsets)):
+            inputs = replace(case, channels=channels).inputs().to(torch.float32)
+            cotangent = torch.randn(case.batch, case.queries, case.heads * channels)
+            if run is emulate_offsets:
+                cotangent = [cotangent, torch.randn(inputs.attention_logits.shape)]
+            try:
+                run(kernels, "fp32", inputs, cotangent, general)
+                yield None
+            except RuntimeError as error:
+                yield str(error)
+
+
+def test_full_blocks_stay_within_their_shared_memory(kernels):
+    assert set(errors_of_full_blocks(kernels)) == {None}
+
+
+@pytest.mark.parametrize("direction", TOO_SMALL)
+def test_a_launch_with_too_little_shared_memory_is_caught(kernels, direction, tmp_path):
+    script = "print(*t.errors_of_full_blocks(kernels), sep='\\n')"
+    done = run_with(TOO_SMALL[direction], tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    errors = done.stdout.splitlines()
+    assert len(errors) == 7 * 2
+    for error in errors:
+        assert re.fullmatch(r"a kernel wrote to byte \d+ of \d+ bytes of shared memory", error)
