@@ -81,13 +81,16 @@ def capture(steps: Sequence[Step], calls: int, device: torch.device, pool: objec
     return graph.replay
 
 
-def cases_of(steps: Sequence[Step], device: torch.device, pool: object) -> tuple[dict, str]:
+def cases_of(
+    steps: Sequence[Step], device: torch.device, pool: object, kinds: Sequence[str] = KINDS
+) -> tuple[dict[str, Case], str]:
     """What to time of a step, by KINDS.
 
     Args:
         steps: the step with each copy of its inputs.
         device: see `capture`.
         pool: see `capture`.
+        kinds: which of KINDS.
 
     Returns:
         The cases, and a note where they are no graphs.
@@ -103,14 +106,16 @@ def cases_of(steps: Sequence[Step], device: torch.device, pool: object) -> tuple
         for _ in range(calls):
             first()
 
-    call = Case(several, first, calls=calls, clock="host")
+    made: dict[str, Case] = {}
+    note = ""
     try:
-        warm = capture([first], calls, device, pool)
-        cold = capture(steps, in_turn, device, pool)
+        if "warm" in kinds:
+            made["warm"] = Case(capture([first], calls, device, pool), first, calls=calls)
+        if "cold" in kinds:
+            made["cold"] = Case(capture(steps, in_turn, device, pool), calls=in_turn)
     except NotCaptured as reason:
         flush = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device).zero_
-        eager = {"warm": Case(several, first, calls=calls), "cold": Case(first, flush)}
+        made = {"warm": Case(several, first, calls=calls), "cold": Case(first, flush)}
         note = f"no CUDA graph ({reason}): its device times include waiting for the host"
-        return {**eager, "call": call}, note
-    graphs = {"warm": Case(warm, first, calls=calls), "cold": Case(cold, calls=in_turn)}
-    return {**graphs, "call": call}, ""
+    made["call"] = Case(several, first, calls=calls, clock="host")
+    return {kind: made[kind] for kind in kinds}, note

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
 import sys
 import time
 import traceback
@@ -206,15 +205,9 @@ def red(case: cases.Case, dtype: str, device: str) -> str | None:
 # --- measured -----------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def _exact(case: cases.Case) -> cases.Inputs:
-    """All dtypes of a case start from these; drawing them takes long."""
-    return case.inputs()
-
-
 def inputs_of(case: cases.Case, dtype: str, device: str) -> cases.Inputs:
     value, points = cases.DTYPES[dtype]
-    return _exact(case).to(value, device, points)
+    return cases.drawn(case).to(value, device, points)
 
 
 def prepare_step(
@@ -943,6 +936,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def keep(new: list[Result]) -> None:
         results.extend(new)
         console.print(gpu_case_table(new) if settings.on_gpu else case_table(new))
+        if len(settings.implementations) > 1:
+            lost = "; ".join(losses(new))
+            console.print(f"  Where a rival wins: {lost}", highlight=False, markup=False)
         for line in remarks(new):
             console.print(f"  {line}", highlight=False, markup=False)
         console.print()

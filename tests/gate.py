@@ -105,7 +105,7 @@ def check(
         judge: the device on which reference and eager torch run.
     """
     dtype, points = cases.DTYPES[dtypes]
-    inputs = case.inputs().to(dtype, points=points)
+    inputs = cases.drawn(case).to(dtype, points=points)
     cotangent = _cotangent(case, dtype)
     at_judge = cotangent.to(judge)
     exact = run(op("reference"), inputs.to(torch.float64, judge), at_judge)

@@ -71,6 +71,14 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
+class Inaccurate(AssertionError):
+    """A result whose error is beyond its bound, `times` the bound (infinite where that is 0)."""
+
+    def __init__(self, message: str, error: float, bound: float) -> None:
+        super().__init__(message)
+        self.times = error / bound if bound else float("inf")
+
+
 def assert_as_accurate_as_eager(
     name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: float = FLOOR_ULPS
 ) -> None:
@@ -82,9 +90,13 @@ def assert_as_accurate_as_eager(
     error = (got.double() - exact).abs().max().item()
     eager_error = (eager.double() - exact).abs().max().item()
     floor = ulps * eps(got.dtype) * exact.abs().max().item()
-    assert error <= EAGER_FACTOR * eager_error + floor, (
-        f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}, floor {floor:.3g}"
-    )
+    bound = EAGER_FACTOR * eager_error + floor
+    if not error <= bound:
+        raise Inaccurate(
+            f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}, floor {floor:.3g}",
+            error,
+            bound,
+        )
 
 
 def assert_same_definition(
