@@ -5,13 +5,14 @@
 # `make sanitize` runs the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, of which
 # `make test` does a part.
 #
-# `make gpu-check OUT=dir` needs no network and makes no .venv: it builds, tests and times with PYTHON's
-# own torch on this machine's GPU, and writes the results to dir.
+# `make gpu-check OUT=dir` needs no network and makes no .venv: it builds, checks and times with PYTHON's
+# own torch on this machine's GPU, in stages, and writes the results to dir.
 #
 #   TORCH   which torch, as pip writes it: TORCH=torch==2.13.0. Default: any supported release, which
 #           is the newest one on a fresh machine.
 #   PYTHON  which Python makes .venv; for gpu-check, which one has torch.
-#   OUT     where gpu-check writes; RIVALS: a folder of wheels and source archives to compare with.
+#   OUT     where gpu-check writes; RIVALS: a folder of wheels and source archives to compare with;
+#           STAGES: which of its stages to run.
 #   ARGS    passed on: make bench ARGS=--paper, make test ARGS="-k gradcheck".
 
 TORCH ?= torch>=2.11
@@ -19,6 +20,7 @@ PYTHON ?= python3
 ARGS ?=
 OUT ?= benchmarks/out/gpu-check
 RIVALS ?=
+STAGES ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -51,7 +53,8 @@ bench-rivals: .venv/installed
 		|| echo "onedl-mmcv is not installed (above): it will not be compared with"
 
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(RIVALS),--rivals $(RIVALS)) $(ARGS)
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
+		$(if $(RIVALS),--rivals $(RIVALS)) $(ARGS)
 
 # Those of the projects in tests/integrations that need no compiling and no torchvision. With them,
 # `make test` compares with them.

@@ -168,6 +168,8 @@ def show(console: Console, ceilings: Sequence[Ceiling]) -> None:
 def record(ceilings: Sequence[Ceiling], device: torch.device) -> dict[str, Any]:
     """What is published: the rates, and what they were measured on."""
     return {
+        "schema": 1,
+        "benchmark": "gpu-ceilings",
         "date": _report.today(),
         "machine": _report.machine(device),
         "versions": _report.versions(),
@@ -176,13 +178,23 @@ def record(ceilings: Sequence[Ceiling], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _nvcc() -> str:
+def _find_nvcc() -> str | None:
     from torch.utils.cpp_extension import CUDA_HOME
 
     beside = None if CUDA_HOME is None else str(Path(CUDA_HOME) / "bin")
-    found = shutil.which("nvcc") or (shutil.which("nvcc", path=beside) if beside else None)
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=beside) if beside else None)
+
+
+def why_not() -> str | None:
+    """Why the program cannot be compiled here, or None."""
+    missing = "ceilings.cu needs nvcc, which is neither on PATH nor in CUDA_HOME"
+    return None if _find_nvcc() else missing
+
+
+def _nvcc() -> str:
+    found = _find_nvcc()
     if found is None:
-        raise NotMeasured("ceilings.cu needs nvcc, which is neither on PATH nor in CUDA_HOME")
+        raise NotMeasured(str(why_not()))
     return found
 
 

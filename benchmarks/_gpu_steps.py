@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,10 +31,10 @@ def build(device: str) -> int:
     return 0
 
 
-def small() -> int:
+def small(device: str) -> int:
     """Forward and backward, fused and not, also deterministic, in every dtype, by the tests' gate.
 
-    The references run on the CPU, so that the GPU runs little but the kernels.
+    The references run on the CPU, so that a GPU runs little but the kernels.
     """
     import cases
     import gate
@@ -42,14 +44,24 @@ def small() -> int:
         for dtype in DTYPES:
             for case in cases.SMALL:
                 if case.name in LOCATED:
-                    gate.check_backend(case, dtype, "cuda", "cuda")
+                    gate.check_backend(case, dtype, device, device)
             for fused in cases.OFFSETS:
                 if fused.name in FUSED:
-                    gate.check_offsets_backend(fused, dtype, "cuda", "cuda")
+                    gate.check_offsets_backend(fused, dtype, device, device)
         print(f"{', '.join(DTYPES)}: correct{', deterministic' * deterministic}", flush=True)
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="_gpu_steps.py", description=__doc__)
+    steps = parser.add_subparsers(dest="step", required=True)
+    steps.add_parser("build").add_argument("device", choices=("cpu", "cuda"))
+    steps.add_parser("small").add_argument("--rehearse", action="store_true", help="on the CPU")
+    args = parser.parse_args(argv)
+    if args.step == "build":
+        return build(args.device)
+    return small("cpu" if args.rehearse else "cuda")
+
+
 if __name__ == "__main__":
-    what, *arguments = sys.argv[1:]
-    sys.exit({"build": build, "small": small}[what](*arguments))
+    sys.exit(main())
