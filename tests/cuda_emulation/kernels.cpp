@@ -122,7 +122,8 @@ void backward(const Numbers& sizes, const Numbers& levels, const Numbers& stride
   });
   if constexpr (std::is_same<acc_t<value_t>, float>::value) {
     if (!fixed.empty()) {
-      emulation::launch(cuda::ms_deform_attn_finish_kernel, kBlocks, cuda::kFixedPointThreads,
+      emulation::launch(cuda::ms_deform_attn_finish_kernel<float>, kBlocks,
+                        cuda::kFixedPointThreads,
                         {p.fixed, p.grad_value, n.batch * n.pixels * n.heads * n.channels});
     }
   }
