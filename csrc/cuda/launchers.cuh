@@ -28,62 +28,72 @@ constexpr int64_t kElementsPerThread = 16;
 // Launches the kernel that all dtypes share; defined in float64.cu, the smallest unit.
 void finish(const FinishArguments<float>& p);
 
+struct Launchers {
+  template <typename value_t, typename Points>
+  static void forward(const ForwardParams<value_t, Points>& params) {
+    const ForwardArguments<value_t, Points> p(params);
+    dispatch(p, p.out, false, [&](auto channels) {
+      using stage = Stage<value_t, channels()>;
+      const int64_t threads = p.problem.rows() * stage::group::kLanes;
+      launch(ms_deform_attn_forward_kernel<value_t, Points, channels()>, threads, kForwardThreads,
+             p, kForwardThreads / kWarp * stage::kWarpBytes);
+    });
+  }
+
+  template <typename value_t, typename Points>
+  static void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& params,
+                       bool deterministic, const Zeros& zeros) {
+    BackwardArguments<value_t, Points> p(params);
+    const Problem& n = p.problem;
+    const bool fixed = deterministic && p.grad_value != nullptr;
+    const int64_t elements = n.batch * n.pixels * n.heads * n.channels;
+    if (fixed) {
+      if (sizeof(value_t) == 8) {
+        fail(
+            "value: expected dtype float32, float16, bfloat16 for the deterministic CUDA backward, "
+            "got float64");
+      }
+      p.fixed.sums = static_cast<unsigned long long*>(zeros(
+          elements * sizeof(*p.fixed.sums), "the integer sums of the deterministic backward"));
+      p.fixed.state =
+          static_cast<uint32_t*>(zeros(FixedPoint::state_size(elements) * sizeof(*p.fixed.state),
+                                       "the state of the deterministic backward"));
+      p.fixed.fraction = FixedPoint::fraction_for(n.queries * n.points);
+      const auto measured = measure(p);
+      launch(ms_deform_attn_measure_kernel<value_t, typename Points::point_t>,
+             std::max(measured.grad_count, measured.weight_count) / kElementsPerThread + 1,
+             kFixedPointThreads, measured);
+    }
+    dispatch(p, p.grad_out, false, [&](auto channels) {
+      using memory = BackwardMemory<value_t, Points, channels()>;
+      // 48 KiB is what a block may have without asking; with very many points blocks get smaller.
+      constexpr int64_t kMemory = 48 << 10;
+      int threads = kBackwardThreads;
+      while (threads > kWarp && threads / kWarp * memory::warp_bytes(n.points) > kMemory) {
+        threads /= 2;
+      }
+      const int64_t bytes = threads / kWarp * memory::warp_bytes(n.points);
+      if (bytes > kMemory) {
+        fail("sampling_offsets: expected points of a query and head that ", kMemory,
+             " bytes of shared memory hold in the CUDA backward, got ", n.points);
+      }
+      launch(ms_deform_attn_backward_kernel<value_t, Points, channels()>,
+             n.rows() * memory::stage::group::kLanes, threads, p, bytes);
+    });
+    if constexpr (std::is_same<acc_t<value_t>, float>::value) {
+      if (fixed) finish({p.fixed, p.grad_value, elements});
+    }
+  }
+};
+
 template <typename value_t, typename Points>
 void forward(const ForwardParams<value_t, Points>& params) {
-  const ForwardArguments<value_t, Points> p(params);
-  dispatch(p, p.out, false, [&](auto channels) {
-    using stage = Stage<value_t, channels()>;
-    const int64_t threads = p.problem.rows() * stage::group::kLanes;
-    launch(ms_deform_attn_forward_kernel<value_t, Points, channels()>, threads, kForwardThreads, p,
-           kForwardThreads / kWarp * stage::kWarpBytes);
-  });
+  Launchers::forward(params);
 }
-
 template <typename value_t, typename Points>
 void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& params, bool deterministic,
               const Zeros& zeros) {
-  BackwardArguments<value_t, Points> p(params);
-  const Problem& n = p.problem;
-  const bool fixed = deterministic && p.grad_value != nullptr;
-  const int64_t elements = n.batch * n.pixels * n.heads * n.channels;
-  if (fixed) {
-    if (sizeof(value_t) == 8) {
-      fail(
-          "value: expected dtype float32, float16, bfloat16 for the deterministic CUDA backward, "
-          "got float64");
-    }
-    p.fixed.sums = static_cast<unsigned long long*>(
-        zeros(elements * sizeof(*p.fixed.sums), "the integer sums of the deterministic backward"));
-    p.fixed.state =
-        static_cast<uint32_t*>(zeros(FixedPoint::state_size(elements) * sizeof(*p.fixed.state),
-                                     "the state of the deterministic backward"));
-    p.fixed.fraction = FixedPoint::fraction_for(n.queries * n.points);
-    const auto measured = measure(p);
-    launch(ms_deform_attn_measure_kernel<value_t, typename Points::point_t>,
-           std::max(measured.grad_count, measured.weight_count) / kElementsPerThread + 1,
-           kFixedPointThreads, measured);
-  }
-  dispatch(p, p.grad_out, false, [&](auto channels) {
-    using memory = BackwardMemory<value_t, Points, channels()>;
-    // 48 KiB is what a block may have without asking; with very many points blocks get smaller.
-    constexpr int64_t kMemory = 48 << 10;
-    int threads = kBackwardThreads;
-    while (threads > kWarp && threads / kWarp * memory::warp_bytes(n.points) > kMemory) {
-      threads /= 2;
-    }
-    const int64_t bytes = threads / kWarp * memory::warp_bytes(n.points);
-    if (bytes > kMemory) {
-      fail("sampling_offsets: expected points of a query and head that ", kMemory,
-           " bytes of shared memory hold in the CUDA backward, got ", n.points);
-    }
-    launch(ms_deform_attn_backward_kernel<value_t, Points, channels()>,
-           n.rows() * memory::stage::group::kLanes, threads, p, bytes);
-  });
-  if constexpr (std::is_same<acc_t<value_t>, float>::value) {
-    if (fixed) {
-      finish({p.fixed, p.grad_value, elements});
-    }
-  }
+  Launchers::backward(params, deterministic, zeros);
 }
 
 }  // namespace vitadapter::cuda
