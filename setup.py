@@ -54,11 +54,16 @@ def native_libraries() -> dict[str, Any]:
     if why_not is None:
         nvcc = build["nvcc_version"](cpp_extension.CUDA_HOME)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build["default_arch_list"](nvcc))
+        archs = build["archs_of"](cpp_extension._get_cuda_arch_flags())
         cuda = extension(
             "cuda",
             ["c10", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
-            {"cxx": build["CXX_FLAGS"], "nvcc": build["NVCC_FLAGS"]},
+            {
+                "cxx": [*build["CUDA_CXX_FLAGS"], build["archs_flag"](archs)],
+                "nvcc": build["NVCC_FLAGS"],
+            },
         )
+        cuda.include_dirs += build["cuda_include_dirs"](cpp_extension.CUDA_HOME)
         cuda.library_dirs = [*library_dirs, *build["cuda_library_dirs"](cpp_extension.CUDA_HOME)]
         extensions.append(cuda)
     else:

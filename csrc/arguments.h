@@ -9,21 +9,14 @@
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "fail.h"
 
 namespace vitadapter {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
 
 inline std::string dtype_text(ScalarType dtype) {
   switch (dtype) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(USE_CUDA)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
@@ -15,7 +15,7 @@
 
 namespace vitadapter {
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(USE_CUDA)
 
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;

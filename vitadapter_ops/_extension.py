@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from . import _build
+from . import _build, _build_cache
 
 _PACKAGE = Path(__file__).parent
 _lock = threading.RLock()
-_libraries: dict[str, Library] = {}
+_prebuilt: dict[str, Library | None] = {}  # found at import
+_libraries: dict[str, Library] = {}  # that calls asked for
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def load(device: str) -> Library:
 
 
 def _load(device: str) -> Library:
-    prebuilt = _load_prebuilt(device)
+    prebuilt = _prebuilt[device] if device in _prebuilt else _load_prebuilt(device)
     if prebuilt is None:
         return _load_jit(device)
+    prebuilt = _refused_without_code(device, prebuilt)
     if prebuilt.origin is not None:
         return prebuilt
     compiled = _load_jit(device)
@@ -69,9 +71,7 @@ def load_prebuilt() -> None:
     """Loads the libraries that were built at installation; called at import, compiles nothing."""
     with _lock:
         for device in _build.SOURCES:
-            library = _load_prebuilt(device)
-            if library is not None and library.origin is not None:
-                _libraries[device] = library
+            _prebuilt[device] = _load_prebuilt(device)
 
 
 def why_no_jit(device: str) -> str | None:
@@ -101,12 +101,47 @@ def _load_prebuilt(device: str) -> Library | None:
         return None
     for path in sorted(_PACKAGE.glob(f"_{device}.*")):
         if path.suffix in (".so", ".pyd", ".dylib"):
+            if not _build_cache.is_complete(path):
+                return Library(None, path, f"{path.name} does not load: the file is truncated")
             try:
-                torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+                _load_library(path)
             except OSError as error:
                 return Library(None, path, f"{path.name} does not load: {error}")
             return Library("prebuilt", path)
     return None
+
+
+def _load_library(path: Path) -> None:
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+
+
+def _visible_gpus() -> dict[str, tuple[int, int]]:
+    """Compute capability of each kind of GPU that this process sees, by name."""
+    try:
+        return {
+            torch.cuda.get_device_name(i): torch.cuda.get_device_capability(i)
+            for i in range(torch.cuda.device_count())
+        }
+    except (RuntimeError, AssertionError):  # calls will say better what is wrong with the GPU
+        return {}
+
+
+def _refused_without_code(device: str, library: Library) -> Library:
+    """The library, or the reason why no GPU here can run what is in it.
+
+    Not asked at import: that starts CUDA, after which a process cannot fork.
+    """
+    if device != "cuda" or library.origin is None or library.path is None:
+        return library
+    try:
+        function = ctypes.CDLL(str(library.path)).vitadapter_ops_cuda_archs
+    except AttributeError:  # built by other means than ours
+        return library
+    function.restype = ctypes.c_char_p
+    reason = _build.why_no_code(function().decode().split(","), _visible_gpus())
+    if reason is None:
+        return library
+    return Library(None, library.path, f"{library.path.name} is for other GPUs: {reason}")
 
 
 @contextlib.contextmanager
@@ -137,39 +172,74 @@ def _compile(device: str) -> Library:
     from torch.utils import cpp_extension
 
     source = source_dir()
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    flags = " ".join([*_build.CXX_FLAGS, *_build.NVCC_FLAGS]).encode()
-    contents = b"".join(path.read_bytes() for path in files)
-    digest = hashlib.sha256(contents + flags).hexdigest()[:12]
-    # One build folder per content and flags, so that two installations never rebuild each other's
-    # library, and one built for a sanitizer is never taken for another.
-    name = f"vitadapter_ops_{device}_{digest}"
-    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    first = not any(folder.glob(f"{name}*.so"))
-    if first:
+    cflags, gencode = _build.CXX_FLAGS, []
+    if device == "cuda":
+        try:
+            gencode = cpp_extension._get_cuda_arch_flags()
+        except IndexError:
+            error = "there is no GPU to compile for; TORCH_CUDA_ARCH_LIST names one"
+            return Library(None, error=error)
+        except ValueError as invalid:
+            return Library(None, error=f"TORCH_CUDA_ARCH_LIST: {invalid}")
+        archs = _build.archs_of(gencode)
+        reason = _build.why_no_code(archs, _visible_gpus())
+        if reason is not None:
+            return Library(None, error=f"TORCH_CUDA_ARCH_LIST is for other GPUs: {reason}")
+        cflags = [*_build.CUDA_CXX_FLAGS, _build.archs_flag(archs)]
+    name = f"vitadapter_ops_{device}_{_digest(source, [*cflags, *_build.NVCC_FLAGS, *gencode])}"
+    try:
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    except OSError as failure:
+        return Library(None, error=f"there is no folder to compile in: {failure}")
+
+    def build(own_folder: Path) -> Path:
         print(
             f"vitadapter_ops: compiling the {device} kernels for this machine, once "
-            f"(seconds for cpu, a minute for cuda; kept in {folder})",
+            f"(seconds for cpu, a minute of processor time for cuda; kept in {folder})",
             file=sys.stderr,
         )
-    start = time.perf_counter()
-    try:
-        path = cpp_extension.load(
+        start = time.perf_counter()
+        # Loads it too; the rename that follows leaves it the same file.
+        cpp_extension.load(
             name,
             [str(source / file) for file in _build.SOURCES[device]],
-            extra_cflags=_build.CXX_FLAGS,
+            extra_cflags=cflags,
             extra_cuda_cflags=_build.NVCC_FLAGS,
             extra_ldflags=_link_flags(device),
+            extra_include_paths=_include_paths(device),
+            build_directory=str(own_folder),
             with_cuda=device == "cuda",
             is_python_module=False,
         )
-    except IndexError:  # what some releases of torch raise then
-        return Library(None, error="there is no GPU to compile for; TORCH_CUDA_ARCH_LIST names one")
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        return Library(None, error=f"compiling failed: {error}")
-    if first:
         print(f"vitadapter_ops: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return Library("JIT", Path(path) if path else folder / f"{name}.so")
+        return next(own_folder.glob("*.so"))
+
+    library = folder / f"{name}.so"
+    try:
+        _build_cache.load_or_build(library, f"the {device} kernels", _load_library, build)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as failure:
+        return Library(None, error=f"compiling failed: {failure}")
+    return Library("JIT", library)
+
+
+def _digest(source: Path, flags: list[str]) -> str:
+    """Of all that a library depends on: its folder is never rebuilt, and never another's.
+
+    So two installations share one library; one for a sanitizer, another GPU or another CUDA runtime
+    has its own.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    contents = b"".join(path.read_bytes() for path in files)
+    settings = " ".join([*flags, os.environ.get("CXX", ""), str(torch.version.cuda)])
+    return hashlib.sha256(contents + settings.encode()).hexdigest()[:12]
+
+
+def _include_paths(device: str) -> list[str]:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if device != "cuda" or CUDA_HOME is None:
+        return []
+    return _build.cuda_include_dirs(CUDA_HOME)
 
 
 def _link_flags(device: str) -> list[str]:
@@ -182,7 +252,7 @@ def _link_flags(device: str) -> list[str]:
 
 def cpu_instruction_set() -> str | None:
     """Which instruction set's kernels the loaded CPU library runs, or None without the library."""
-    library = _libraries.get("cpu")
+    library = _libraries.get("cpu") or _prebuilt.get("cpu")
     if library is None or library.origin is None:
         return None
     function = ctypes.CDLL(str(library.path)).vitadapter_ops_cpu_isa

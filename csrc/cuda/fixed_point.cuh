@@ -136,14 +136,17 @@ __global__ void __launch_bounds__(kFixedPointThreads)
   }
 }
 
+template <typename grad_t>
 struct FinishArguments {
   FixedPoint fixed;
-  float* grad_value;
+  grad_t* grad_value;
   int64_t count;
 };
 
-static __global__ void __launch_bounds__(kFixedPointThreads)
-    ms_deform_attn_finish_kernel(const __grid_constant__ FinishArguments p) {
+// A template, so that of all units only the one that launches it compiles it.
+template <typename grad_t>
+__global__ void __launch_bounds__(kFixedPointThreads)
+    ms_deform_attn_finish_kernel(const __grid_constant__ FinishArguments<grad_t> p) {
   const uint32_t* state = p.fixed.state;
   const int exponent = exponent_above(state[FixedPoint::kGrad]) +
                        exponent_above(state[FixedPoint::kWeight]) - p.fixed.fraction;
@@ -154,7 +157,7 @@ static __global__ void __launch_bounds__(kFixedPointThreads)
        i += step) {
     const double sum = static_cast<double>(static_cast<long long>(p.fixed.sums[i]));
     const bool bad = some_bad && state[FixedPoint::kBad + i / 32] >> i % 32 & 1u;
-    p.grad_value[i] = bad ? NAN : static_cast<float>(sum * scale);
+    p.grad_value[i] = bad ? NAN : static_cast<grad_t>(sum * scale);
   }
 }
 

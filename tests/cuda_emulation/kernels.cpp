@@ -139,7 +139,7 @@ int backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides
   if constexpr (std::is_same<acc_t<value_t>, float>::value) {
     if (!fixed.empty()) {
       const int64_t sums = n.batch * n.pixels * n.heads * n.channels;
-      launch(cuda::ms_deform_attn_finish_kernel, sums, {cuda::kFixedPointThreads, 0},
+      launch(cuda::ms_deform_attn_finish_kernel<float>, sums, {cuda::kFixedPointThreads, 0},
              {p.fixed, p.grad_value, sums});
     }
   }

@@ -4,10 +4,13 @@
 Needs nvcc, no GPU.
 """
 
+import collections
 import functools
+import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,21 +38,50 @@ class Compiled(NamedTuple):
 
     arch: str
     report: str  # of ptxas
-    object: Path
+    objects: tuple[Path, ...]  # of the units
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def compiled(request, tmp_path_factory):
-    arch, output = request.param, tmp_path_factory.mktemp("cuda") / "kernels.o"
-    (source,) = _build.SOURCES["cuda"]
+    """Of each unit by itself: no header of torch is in reach."""
+    arch, folder = request.param, tmp_path_factory.mktemp("cuda")
     command = [NVCC, "-c", "-std=c++17", f"-arch={arch}", "-Xcompiler", "-fPIC"]
     command += ["-Werror", "all-warnings", "-Xptxas", "-v", *_build.NVCC_FLAGS]
-    # torch's own headers are not ours to keep free of warnings.
-    command += [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    command += [str(_extension.source_dir() / source), "-o", str(output)]
+    sources = [_extension.source_dir() / file for file in _build.SOURCES["cuda"]]
+    units = [source for source in sources if source.suffix == ".cu"]
+    objects = tuple(folder / f"{unit.stem}.o" for unit in units)
+
+    def compile(unit, output):
+        return subprocess.run([*command, str(unit), "-o", output], capture_output=True, text=True)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+        done = list(pool.map(compile, units, objects))
+    for one in done:
+        assert one.returncode == 0, one.stderr
+    return Compiled(arch, "".join(one.stderr for one in done), objects)
+
+
+def test_what_torch_calls_compiles_without_warnings(tmp_path):
+    (source,) = (file for file in _build.SOURCES["cuda"] if file.endswith(".cpp"))
+    # The headers of torch and of CUDA are not ours to keep free of warnings.
+    include = [
+        *cpp_extension.include_paths(),
+        *_build.cuda_include_dirs(str(Path(NVCC).parents[1])),
+    ]
+    command = [os.environ.get("CXX", "c++"), "-c", "-std=c++17", "-fPIC", "-Wall", "-Wextra"]
+    command += ["-Werror", *_build.CUDA_CXX_FLAGS, _build.archs_flag(["sm_90"])]
+    command += [flag for path in include for flag in ("-isystem", path)]
+    command += [str(_extension.source_dir() / source), "-o", str(tmp_path / "torch.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return Compiled(arch, done.stderr, output)
+
+
+def test_every_kernel_is_compiled_once(compiled):
+    kernels = collections.Counter(re.findall(r"Compiling entry function '(\S+)'", compiled.report))
+    assert [name for name, times in kernels.items() if times > 1] == []
+    # 5 pairs of dtypes with 7 numbers of channels, and 6 general ones; 2 operators, 2 directions.
+    # One kernel to measure for each pair, and one to finish.
+    assert len(kernels) >= 4 * (5 * 7 + 6) + 6 + 1
 
 
 def test_compiles_without_warnings_spills_or_stack(compiled):
@@ -83,9 +115,12 @@ def sass(compiled):
     """The machine code of each kernel, by its mangled name."""
     nvidia = pytest.importorskip("triton.backends.nvidia", reason="needs triton's disassembler")
     tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
-    text = subprocess.run(
-        [str(tool), "-sass", str(compiled.object)], capture_output=True, text=True, check=True
-    ).stdout
+    text = "".join(
+        subprocess.run(
+            [str(tool), "-sass", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        for path in compiled.objects
+    )
     parts = re.split(r"Function : (\S+)", text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "launchers.cuh"
+
+namespace vitadapter::cuda {
+
+VITADAPTER_FORWARD(float, float);
+
+}  // namespace vitadapter::cuda
