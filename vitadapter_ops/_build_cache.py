@@ -91,7 +91,7 @@ def is_complete(library: Path) -> bool:
 
 
 def _prefix() -> str:
-    return f"build-{platform.node()}-"
+    return f"build-{platform.node()}+"  # no host has a plus in its name
 
 
 def _remove_abandoned(folder: Path, alone: bool) -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import build_steps
 
 CXX = os.environ.get("CXX", "c++")
-DEADLINE_S = 60
+DEADLINE_S = 120
 HOST = platform.node()
 # Imports torch once, and forks a child in no time.
 SERVER = multiprocessing.get_context("forkserver")
@@ -200,7 +200,7 @@ def test_half_of_a_build_is_built_again(builds, damage):
     elif damage == "garbage":
         library.write_bytes(b"no library" * 1000)
     # Of a killed build, of torch's own lock, and of a build that runs on another machine.
-    mine, other = library.parent / f"build-{HOST}-x", library.parent / f"build-not-{HOST}-x"
+    mine, other = library.parent / f"build-{HOST}+x", library.parent / f"build-{HOST}-2+x"
     for folder in (mine, other):
         folder.mkdir()
         (folder / "lock").touch()
