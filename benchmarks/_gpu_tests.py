@@ -40,12 +40,14 @@ class Keeper:
             return
         outcome = report.outcome if report.when == "call" or report.skipped else "error"
         self.counts[outcome] += 1
-        if report.failed:
+        failed = report.failed
+        if failed:
             said = _report.without_paths(report.longreprtext)[-1500:]
             self.failures.append({"test": report.nodeid, "said": said})
-            print(f"\n{report.nodeid}: {said.splitlines()[-1][:300] if said else ''}", flush=True)
-        if report.failed or time.monotonic() - self.written > WRITE_EVERY:
+        if failed or time.monotonic() - self.written > WRITE_EVERY:
             self.write(complete=False)
+        if failed:  # told when it is kept
+            print(f"\n{report.nodeid}: {said.splitlines()[-1][:300] if said else ''}", flush=True)
 
     def write(self, complete: bool) -> None:
         self.written = time.monotonic()

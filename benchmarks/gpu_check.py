@@ -28,6 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -136,9 +137,12 @@ class Run:
                 self._start_what_may()
                 self._collect()
                 time.sleep(0.05)
-        finally:
-            for each in self.running.values():
+        finally:  # nothing runs any more, unless this is ended itself
+            for step in [step for step in self.steps if step.name in self.running]:
+                each = self.running.pop(step.name)
                 _end(each.process)
+                seconds = round(time.monotonic() - each.began, 1)
+                self._finish(step, FAILED, None, seconds, "interrupted")
             self._write_summary()
         return 1 if any(each.failed for each in self.outcomes.values()) else 0
 
@@ -539,6 +543,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     reason = None if args.rehearse else why_no_gpu()
@@ -560,6 +568,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "git": _report.git_state(),
         "rehearsal": args.rehearse,
     }
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)  # so that steps end with this
     with tempfile.TemporaryDirectory() as folder:
         archives = args.archives if {"times", "op"} & set(args.stages) else []
         plan = Plan(out, Path(folder), archives, args.rehearse)

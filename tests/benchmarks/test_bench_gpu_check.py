@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +46,16 @@ def is_gone(pid):
             return True
         time.sleep(0.05)
     return False
+
+
+def children_of(pid):
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            after_name = stat.read_text().rpartition(")")[2].split()
+            if int(after_name[1]) == pid:
+                children.append(int(stat.parent.name))
+    return children
 
 
 # --- running steps ------------------------------------------------------------------------------
@@ -103,6 +115,31 @@ def test_nothing_starts_after_the_deadline_and_results_so_far_stay(tmp_path):
     assert steps["slow"]["status"] == steps["late"]["status"] == "timed out"
     assert steps["late"]["detail"] == "no time left"
     assert result.read_text() == "kept"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_run_that_is_ended_ends_its_steps_and_keeps_what_they_found(tmp_path, number):
+    out = tmp_path / "out"
+    command = [sys.executable, gpu_check.__file__, "--out", str(out), "--rehearse"]
+    command += ["--stages", "smoke"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, start_new_session=True, env=environment)
+    log = out / "smoke-cuda.log"
+    for _ in range(1200):
+        if log.exists():
+            break
+        time.sleep(0.05)
+    children = children_of(process.pid)
+    assert len(children) == 2
+    os.kill(process.pid, number)
+    assert process.wait(30) == 128 + number
+    assert all(map(is_gone, children))
+    summary = json.loads((out / "summary.json").read_text())
+    assert not summary["ok"]
+    assert {each["detail"] for each in summary["steps"] if each["stage"] == "smoke"} == {
+        "interrupted"
+    }
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]  # no temporary folder
 
 
 def test_results_of_an_earlier_run_do_not_stay(tmp_path):
