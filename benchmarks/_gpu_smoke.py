@@ -44,6 +44,7 @@ NEAR = 4  # times the bound: rounding that was not lucky, not a mistake
 BROKEN = 9  # exit status of a child after whose check the device answers nothing any more
 MOST_RESTARTS = 4
 SPECIAL = "special"
+WRITE_EVERY = 1.0  # seconds
 
 Check = tuple[str, Callable[[], None]]
 
@@ -300,8 +301,8 @@ def run_shard(shard: str, backend: str, device: str, start: int, only: int | Non
         begin = time.perf_counter()
         error, beyond = None, 0.0
         try:
-            if on_gpu:  # what is not written is then no number
-                torch.full((2**24,), float("nan"), device=device)
+            if on_gpu:
+                _poison(device)
             check()
             if on_gpu:
                 torch.cuda.synchronize()
@@ -314,6 +315,16 @@ def run_shard(shard: str, backend: str, device: str, start: int, only: int | Non
         if error is not None and on_gpu and not _answers(device):
             return BROKEN
     return 0
+
+
+def _poison(device: str) -> None:
+    """Fills memory that the allocator gives out next, large blocks and small: unwritten is NaN."""
+    nan = float("nan")
+    several = [torch.full((2**24,), nan, device=device)]
+    several += [
+        torch.full((size,), nan, device=device) for size in (2**17, 2**13) for _ in range(64)
+    ]
+    del several
 
 
 def _answers(device: str) -> bool:
@@ -347,8 +358,11 @@ class Shard:
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = False
+    cut: bool = False  # out of time
     _next: int = 0
     _starts: int = 0
+    _seen: int = 0  # lines of the log
+    _begun: tuple[int, str] | None = None  # the check that runs
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -357,28 +371,31 @@ class Shard:
 
     def start(self) -> None:
         self._starts += 1
+        self._seen, self._begun = 0, None
         with self._log.open("wb") as log:
             command = (*self.command, "--shard", self.name, "--start", str(self._next))
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def poll(self) -> bool:
-        """Takes note of a process that has ended; True if there is news."""
+        """Takes note of what the process says; True if there is news."""
         assert self._process is not None
-        code = self._process.poll()
-        if self.finished or code is None:
+        if self.finished:
             return False
-        begun = self._read()
+        code = self._process.poll()  # before reading: what it said last is there then
+        news = self._read()
+        if code is None:
+            return news
+        said = [line for line in self._lines() if not line.startswith("{")][-3:]
+        text = _report.without_paths(" | ".join(said))[-400:]
         if code == 0:
             self.finished = True
             return True
-        if begun is not None:  # it died within a check
-            said = [line for line in self._lines() if not line.startswith("{")][-3:]
-            text = _report.without_paths(" | ".join(said))[-400:]
-            self.failures.append(Failure(begun[1], f"its process ended with {code}: {text}"))
-            self._next = begun[0] + 1
+        if self._begun is not None:  # it died within a check
+            number, name = self._begun
+            self.failures.append(Failure(name, f"its process ended with {code}: {text}"))
+            self._next = number + 1
         elif code != BROKEN:
-            said = _report.without_paths(" | ".join(self._lines()[-3:]))[-400:]
-            self.failures.append(Failure(self.name, f"its process ended with {code}: {said}"))
+            self.failures.append(Failure(self.name, f"its process ended with {code}: {text}"))
             self.finished = True
             return True
         if self._starts > MOST_RESTARTS:
@@ -395,34 +412,38 @@ class Shard:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
-        begun = self._read()
-        where = self.name if begun is None else begun[1]
+        self._read()
+        where = self.name if self._begun is None else self._begun[1]
         self.failures.append(Failure(where, "out of time here"))
-        self.finished = True
+        self.finished = self.cut = True
 
     def _lines(self) -> list[str]:
         return self._log.read_text(errors="replace").splitlines()
 
-    def _read(self) -> tuple[int, str] | None:
-        """Adds what the process found; returns number and name of a check that did not end."""
-        begun: tuple[int, str] | None = None
-        for line in self._lines():
+    def _read(self) -> bool:
+        """Adds what the process found since it was read last; True if it found something."""
+        lines = self._lines()
+        fresh, self._seen = lines[self._seen :], len(lines)
+        before = self.done
+        for number, line in enumerate(fresh):
             try:
                 each = json.loads(line)
             except ValueError:
+                if line.startswith("{") and number == len(fresh) - 1:
+                    self._seen -= 1  # not all of it is there yet
                 continue
             if not isinstance(each, dict):
                 continue
             if "begins" in each:
-                begun = each["begins"], each["name"]
-            elif "ends" in each and begun is not None:
+                self._begun = each["begins"], each["name"]
+            elif "ends" in each and self._begun is not None:
                 self.done += 1
                 self.seconds += each["s"]
                 self._next = each["ends"] + 1
                 if each["error"]:
-                    self.failures.append(Failure(begun[1], each["error"], each["near"]))
-                begun = None
-        return begun
+                    self.failures.append(Failure(self._begun[1], each["error"], each["near"]))
+                self._begun = None
+        return self.done > before
 
 
 def shards_of(backend: str, rehearse: bool) -> list[str]:
@@ -471,30 +492,35 @@ def run_all(args: argparse.Namespace, record: dict[str, Any]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the references; shards fill the cores
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-    def write(shards: Sequence[Shard], complete: bool) -> None:
+    def write(shards: Sequence[Shard]) -> None:
         failures = [asdict(each) for shard in shards for each in shard.failures]
-        counts = {each.name: {"checks": each.done, "seconds": each.seconds} for each in shards}
+        counts = {
+            each.name: {"checks": each.done, "seconds": round(each.seconds, 1)} for each in shards
+        }
+        complete = all(each.finished and not each.cut for each in shards)
         seconds = round(time.monotonic() - begin, 1)
         results = {"complete": complete, "seconds": seconds, "shards": counts, "failures": failures}
         _report.write_json(args.out, {**record, **results})
 
     with tempfile.TemporaryDirectory() as folder:
-        shards = [
-            Shard(name, command, Path(folder)) for name in shards_of(args.backend, args.rehearse)
-        ]
+        names = shards_of(args.backend, args.rehearse)
+        shards = [Shard(name, command, Path(folder)) for name in names]
+        written = begin
         try:
             for shard in shards:
                 shard.start()
             while time.monotonic() - begin < args.seconds:
-                if any([shard.poll() for shard in shards]):
-                    write(shards, False)
+                news = any([shard.poll() for shard in shards])
+                if news and time.monotonic() - written > WRITE_EVERY:
+                    written = time.monotonic()
+                    write(shards)
                 if all(shard.finished for shard in shards):
                     break
                 time.sleep(0.05)
         finally:
             for shard in shards:
                 shard.end()
-        write(shards, True)
+        write(shards)
     return show(args.backend, shards)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,14 @@ DTYPES = ("fp64", "fp32", "fp16", "bf16", "bf16_points_fp32")
 def build(device: str) -> int:
     """Compiles and loads the kernels for a device; what is cached loads at once."""
     library = _extension.load(device)
-    if library.origin is None:
+    if library.origin is None or library.path is None:
         print(f"the {device} kernels are not built: {library.error}")
         return 1
-    print(f"{library.origin} library {library.path}")
+    if library.error is not None:  # of a prebuilt one that cannot serve
+        print(library.error)
     print(explain_backend(device))
+    digest = hashlib.sha256(library.path.read_bytes()).hexdigest()[:12]
+    print(f"{library.origin} library {library.path.name}, SHA-256 {digest}")
     return 0
 
 

@@ -7,13 +7,19 @@
 Where op.py asks for every shape, dtype and kind of time, this asks what decides between kernels:
 device time with warm caches (_graphs.py) of forward and backward, of the backward's parts, of the
 deterministic one, of the Triton kernels, of the fused operator beside its chain, and of each rival
-that is importable, with the peak memory of a training step. Inputs are drawn on the device. The
-result is written after every shape and dtype.
+that is importable, with the peak memory of a training step. Inputs are drawn on the device.
+
+Each implementation is timed alone, ours first, and the result is written after each. One after
+which the device answers nothing any more costs its own rows alone: this program begins anew without
+it, and goes on with the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +46,7 @@ from _rivals import DETERMINISTIC, OURS, RIVALS, TRITON, Implementation
 from _targets import CHAIN, FUSED
 from _timing import Case, OutOfMemory, Timing, take_turns
 from tolerances import RIVAL_SHARE
+from vitadapter_ops import _extension
 
 # By how much a result is waited for.
 DECISIVE = (
@@ -180,8 +187,7 @@ def fused_steps(case: cases.Case, dtypes: str, device: str) -> Iterator[tuple[Ke
     sides = torch.tensor(
         [(width, height) for height, width in case.shapes], dtype=reference.dtype, device=device
     )[:, None]
-    out = fused.fused(inputs, value, offsets, logits)
-    grad = torch.randn_like(out)
+    grad = _rivals.cotangent_of(fused.fused(inputs, value, offsets, logits))
     functions = (
         (FUSED, partial(fused.fused, inputs)),
         (CHAIN, partial(fused.chain, inputs, sides)),
@@ -196,20 +202,23 @@ def fused_steps(case: cases.Case, dtypes: str, device: str) -> Iterator[tuple[Ke
         yield (name, "both"), both
 
 
-def one(step: Callable[[], object], device: torch.device, pool: object) -> tuple[Case, str]:
+def one(step: Callable[[], object], device: torch.device) -> tuple[Case, str]:
     """What to time of a step: on a GPU a graph of many calls; and a note where that cannot be."""
     if device.type != "cuda":
         return Case(step, before=step), ""
-    kinds, note = _graphs.cases_of([step], device, pool, ("warm",))
+    # A pool of its own: after a capture that failed, none succeeds in the same.
+    kinds, note = _graphs.cases_of([step], device, None, ("warm",))
     return kinds["warm"], note
 
 
-def measure_case(
-    case: cases.Case, dtypes: str, device: str, chosen: Sequence[Implementation]
-) -> list[Row]:
+def measure_one(case: cases.Case, dtypes: str, device: str, each: Implementation) -> list[Row]:
+    """Times of one implementation; with ours the parts of its backward, and the fused operator."""
     where = torch.device(device)
-    pool = torch.cuda.graph_pool_handle() if where.type == "cuda" else None
     inputs = draw(case, dtypes, device)
+    if inputs.value.dtype not in each.dtypes:
+        return []
+    if each.name in SMALL_ONLY and case.queries > SMALL_QUERIES:
+        return []
     expected = _rivals.forward_step(OURS.bind(inputs), inputs)()
     grad = _rivals.cotangent_of(expected)
     timed: dict[Key, Case] = {}
@@ -217,39 +226,32 @@ def measure_case(
     peaks: dict[str, float] = {}
 
     def add(name: str, which: str, step: Callable[[], object]) -> None:
-        timed[name, which], note = one(step, where, pool)
+        timed[name, which], note = one(step, where)
         notes[name] = notes.get(name) or note
 
-    for each in chosen:
-        if each.name in SMALL_ONLY and case.queries > SMALL_QUERIES:
-            continue
-        if inputs.value.dtype not in each.dtypes:
-            continue
-        try:
-            call = each.bind(inputs)
-            got = _rivals.step_of(each, call, inputs, "forward")()
-            share = ((got.double() - expected.double()).abs().max() / expected.abs().max()).item()
-            if not share <= RIVAL_SHARE:
-                notes[each.name] = f"output differs from ours by {share:.0%} of the largest value"
-            training = _rivals.step_of(each, call, inputs, "both", grad)
-            training()
-            if where.type == "cuda":
-                peaks[each.name] = (measure(training, where).growth_bytes or 0) / 2**20
-            for which in PASSES:
-                add(each.name, which, _rivals.step_of(each, call, inputs, which, grad))
-        except Exception as error:
-            if each is OURS:
-                raise
-            memory = is_out_of_memory(error)
-            notes[each.name] = "out of memory" if memory else f"cannot run: {first_line(error)}"
-            for which in PASSES:
-                timed.pop((each.name, which), None)
-    for part, step in parts_of(inputs, grad):
-        add(OURS.name, part, without_gradients(step))
-    if case.grids:
-        for (name, which), step in fused_steps(case, dtypes, device):
-            add(name, which, step)
-    timings = take_turns(timed, device=where, warmup=2, repeats=ROUNDS, seconds=SECONDS)
+    try:
+        call = each.bind(inputs)
+        got = _rivals.step_of(each, call, inputs, "forward")()
+        share = ((got.double() - expected.double()).abs().max() / expected.abs().max()).item()
+        if not share <= RIVAL_SHARE:
+            notes[each.name] = f"output differs from ours by {share:.0%} of the largest value"
+        training = _rivals.step_of(each, call, inputs, "both", grad)
+        training()
+        if where.type == "cuda":
+            peaks[each.name] = (measure(training, where).growth_bytes or 0) / 2**20
+        for which in PASSES:
+            add(each.name, which, _rivals.step_of(each, call, inputs, which, grad))
+        if each is OURS:
+            for part, step in parts_of(inputs, grad):
+                add(OURS.name, part, without_gradients(step))
+            if case.grids:
+                for (name, which), step in fused_steps(case, dtypes, device):
+                    add(name, which, step)
+        timings = take_turns(timed, device=where, warmup=2, repeats=ROUNDS, seconds=SECONDS)
+    except Exception as error:
+        memory = is_out_of_memory(error)
+        note = "out of memory" if memory else f"cannot run: {first_line(error)}"
+        return [Row(case.name, dtypes, each.name, "", None, note=_report.without_paths(note))]
     return list(_rows(case, dtypes, timings, notes, peaks))
 
 
@@ -333,7 +335,18 @@ def profiled(case: cases.Case, dtypes: str, which: str, device: str) -> None:
         torch.cuda.synchronize()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def answers(device: str) -> bool:
+    """Whether the device still does anything: an illegal access ends all work of a process."""
+    if device != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device=device).item())
+    except RuntimeError:
+        return False
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="_gpu_times.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "profiled",
@@ -344,62 +357,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the results")
     parser.add_argument("--seconds", type=positive_float, default=90.0, help="start no case later")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    device = "cpu" if args.rehearse else "cuda"
-    shapes = decisive(args.rehearse)
+    args.shapes = decisive(args.rehearse)
+    args.device = "cpu" if args.rehearse else "cuda"
     if args.profiled:
         word, *what = args.profiled
-        by_name = {case.name: case for case in shapes}
-        choices = (tuple(by_name), DTYPES, PASSES)
-        if word != "profiled" or len(what) != 3:
+        choices = ([case.name for case in args.shapes], DTYPES, PASSES)
+        if word != "profiled" or len(what) != len(choices):
             parser.error(f"expected profiled CASE DTYPE PASS, got {' '.join(args.profiled)}")
         for given, valid in zip(what, choices, strict=True):
             if given not in valid:
                 parser.error(f"profiled: expected one of {', '.join(valid)}, got {given!r}")
-        profiled(by_name[what[0]], what[1], what[2], device)
-        return 0
-    if args.out is None:
+    elif args.out is None:
         parser.error("--out: expected a file, got none")
-    record = {
-        "schema": 1,
-        "benchmark": "gpu-times",
-        "date": _report.today(),
-        "machine": _report.machine(torch.device(device)),
-        "versions": _report.versions("vitadapter_ops"),
-        "git": _report.git_state(),
-    }
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.profiled:
+        _, name, dtypes, which = args.profiled
+        case = next(case for case in args.shapes if case.name == name)
+        profiled(case, dtypes, which, args.device)
+        return 0
     begin = time.monotonic()
-    if device == "cuda":
-        _graphs.use_own_stream(torch.device(device))
+    library = _extension.load(args.device)
+    if library.origin is None:  # the times would be those of other kernels
+        print(f"the {args.device} kernels are not here: {library.error}")
+        return 1
+    if args.device == "cuda":
+        _graphs.use_own_stream(torch.device(args.device))
     chosen = implementations(args.rehearse)
-    record["versions"] |= {each.name: each.version for each in chosen if each.module != "torch"}
-    rows: list[Row] = []
-    left_out: list[str] = []
-    failed: list[str] = []
-    for case in shapes:
-        for dtypes in DTYPES:
-            name = f"{case.name}, {dtypes}"
-            if time.monotonic() - begin > args.seconds:
-                left_out.append(name)
-                continue
-            try:
-                rows += measure_case(case, dtypes, device, chosen)
-            except Exception as error:  # the others are still worth having
-                failed.append(f"{name}: {_report.without_paths(first_line(error))}")
-                print(f"FAIL {failed[-1]}", flush=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            found = {"rows": [row.as_json() for row in rows], "losses": losses(rows)}
-            found |= {"left_out": left_out, "failed": failed, "complete": False}
-            _report.write_json(args.out, {**record, **found})
-    record |= {**found, "left_out": left_out, "complete": not left_out and not failed}
+    if args.resume:
+        record = json.loads(args.out.read_text())
+    else:
+        record = {
+            "schema": 1,
+            "benchmark": "gpu-times",
+            "date": _report.today(),
+            "machine": _report.machine(torch.device(args.device)),
+            "versions": _report.versions("vitadapter_ops")
+            | {each.name: each.version for each in chosen if each.module != "torch"},
+            "git": _report.git_state(),
+            **{"library": library.origin, "rows": [], "done": [], "left_out": []},
+            **{"broke": [], "losses": [], "complete": False},
+        }
+    for case, dtypes, each in itertools.product(args.shapes, DTYPES, chosen):
+        unit = f"{case.name}, {dtypes}, {each.name}"
+        if unit in record["done"] or each.name in record["broke"]:
+            continue
+        left = args.seconds - (time.monotonic() - begin)
+        if left <= 0:
+            record["left_out"].append(unit)
+            continue
+        found = measure_one(case, dtypes, args.device, each)
+        record["rows"] += [row.as_json() for row in found]
+        record["done"].append(unit)
+        alive = answers(args.device)
+        if not alive:
+            record["broke"].append(each.name)
+        record["losses"] = losses(rows_of(record))
+        _report.write_json(args.out, record)
+        if not alive:
+            print(f"After {unit} the device answers no more: begun anew without it", flush=True)
+            own = [sys.executable, str(Path(__file__).resolve()), "--out", str(args.out)]
+            own += ["--rehearse"] * args.rehearse
+            os.execv(sys.executable, [*own, "--seconds", f"{max(left - 1, 1):.0f}", "--resume"])
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    record["complete"] = not record["left_out"] and not record["broke"]
     _report.write_json(args.out, record)
-    show(record, rows)
-    return 1 if failed else 0
+    show(record)
+    failed = [row for row in rows_of(record) if row.implementation == OURS.name and row.us is None]
+    return 1 if failed or OURS.name in record["broke"] else 0
 
 
-def show(record: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    console = wide_console()
+def rows_of(record: Mapping[str, Any]) -> list[Row]:
+    return [
+        Row(**{"which" if key == "pass" else key: value for key, value in row.items()})
+        for row in record["rows"]
+    ]
+
+
+def show(record: Mapping[str, Any]) -> None:
+    console, rows = wide_console(), rows_of(record)
     gpu = record["machine"]["gpu"]
     if gpu is not None:
         targets = _targets.targets_of(gpu["name"])
@@ -412,6 +454,8 @@ def show(record: Mapping[str, Any], rows: Sequence[Row]) -> None:
     lines += [
         f"{row.case}, {row.dtype}, {row.implementation}: {row.note}" for row in rows if row.note
     ]
+    if record["broke"]:
+        lines.append(f"Broke the device, and were left out from then on: {record['broke']}")
     if record["left_out"]:
         lines.append(f"Left out, as time was up: {'; '.join(record['left_out'])}")
     for line in lines:

@@ -62,7 +62,8 @@ def capture(steps: Sequence[Step], calls: int, device: torch.device, pool: objec
         steps: what to call.
         calls: how often, all together.
         device: the device, with the current stream from `use_own_stream`.
-        pool: memory shared by graphs whose results nobody reads (torch.cuda.graph_pool_handle).
+        pool: memory shared by graphs whose results nobody reads (torch.cuda.graph_pool_handle), or
+            None: its own. After a capture that failed, none succeeds in the same.
 
     Raises:
         NotCaptured: a step waits for the device, or does something else that no graph can hold.

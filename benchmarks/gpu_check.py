@@ -17,7 +17,9 @@ time and fails alone; what is timed runs alone. The folder gets
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -121,6 +123,7 @@ class Run:
         seconds: float,
         record: dict[str, Any],
     ) -> None:
+        assert len({step.name for step in steps}) == len(steps)
         self.steps, self.out, self.record = steps, out, record
         self.environment = {**os.environ, **environment}
         self.deadline = time.monotonic() + seconds
@@ -196,8 +199,7 @@ class Run:
             late = now >= min(each.began + step.seconds, self.deadline)
             if rc is None and not late:
                 continue
-            if rc is None:
-                _end(each.process)
+            _end(each.process)  # also what it has left behind
             del self.running[step.name]
             status = LATE if rc is None else MET if rc == 0 else FAILED
             self._finish(step, status, rc, round(now - each.began, 1))
@@ -207,6 +209,8 @@ class Run:
     ) -> None:
         outcome = Outcome(step.name, step.stage, status, rc, seconds, step.seconds, detail)
         self.outcomes[step.name] = outcome
+        for name in step.writes:
+            _add_seconds(self.out / name, seconds)
         self._keep_log(step, outcome)
         self._write_summary()
 
@@ -233,13 +237,27 @@ class Run:
 
         done = [self.outcomes[step.name] for step in self.steps if step.name in self.outcomes]
         steps = [{**asdict(each), "detail": _report.without_paths(each.detail)} for each in done]
-        complete, ok = len(done) == len(self.steps), not any(each.failed for each in done)
+        complete = len(done) == len(self.steps)
+        ok = complete and not any(each.failed for each in done)
         summary = {**self.record, "complete": complete, "ok": ok, "steps": steps}
         _report.write_json(self.out / "summary.json", summary)
 
 
+def _add_seconds(path: Path, seconds: float) -> None:
+    """Says in a stage's result how long the stage took."""
+    import _report
+
+    if path.suffix == ".json" and path.exists():
+        record = json.loads(path.read_text())
+        _report.write_json(path, {**record, "stage_seconds": seconds})
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a step and all that it started."""
+    if process.poll() is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -274,12 +292,6 @@ def gpu_capability() -> str:
     import torch
 
     return "{}.{}".format(*torch.cuda.get_device_capability())
-
-
-def prebuilt(device: str) -> str | None:
-    """Why a device's kernels need no compiling, or None."""
-    found = sorted((ROOT / "vitadapter_ops").glob(f"_{device}.*.so"))
-    return f"{found[0].name} lies in the package" if found else None
 
 
 @dataclass(frozen=True)
@@ -337,16 +349,17 @@ class Plan:
                 (sys.executable, str(BENCHMARKS / "_gpu_steps.py"), "build", device),
                 150,
                 "build",
-                skip=prebuilt(device) or (rehearsed if device == "cuda" else None),
+                shown=4,
+                skip=rehearsed if device == "cuda" else None,
             )
             for device in ("cuda", "cpu")
         ]
         pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
         pip += ("--no-build-isolation", "--no-cache-dir", "--target")
         for archive, site in self.sites.items():
-            name = f"rival-{archive.name.split('-')[0]}"
             command = (*pip, str(site), str(archive))
-            steps.append(Step(name, command, 150, "build", environment={"FORCE_CUDA": "1"}))
+            forced = {} if self.rehearse else {"FORCE_CUDA": "1"}
+            steps.append(Step(f"rival-{archive.name}", command, 150, "build", environment=forced))
         return steps
 
     def smoke(self) -> list[Step]:
@@ -458,7 +471,7 @@ class Plan:
             model = ("--sizes", "tiny", "--pixels", "64", "--repeats", "1", "--warmup", "0")
             model += ("--no-memory",)
         else:
-            host, op = (), ("--rounds", "20", "--seconds", "0.2", "--at-most", "80")
+            host, op = (), ("--rounds", "20", "--seconds", "0.2", "--at-most", "60")
             attn = ("--repeats", "10", "--warmup", "3")
             model = ("--sizes", "base", "large", "--repeats", "10", "--warmup", "3")
         files = ("--csv", self.result(op_csv), "--json", self.result(op_json))
@@ -493,11 +506,17 @@ class Plan:
 # --- the command --------------------------------------------------------------------------------
 
 
+def why_no_packages() -> str | None:
+    """None when this Python has what the stages import."""
+    for name in ("torch", "rich", "matplotlib", "pytest"):
+        missing = missing_module(name)
+        if missing:
+            return f"{missing}: make gpu-check PYTHON=... takes the Python that has it"
+    return None
+
+
 def why_no_gpu() -> str | None:
     """None when there is a GPU, or else what torch says of it."""
-    missing = missing_module("torch")
-    if missing:
-        return f"{missing}: make gpu-check PYTHON=... takes the Python that has it"
     import torch
 
     if torch.version.cuda is None:
@@ -537,7 +556,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.seconds = SECONDS * (SLOWER if args.rehearse else 1)
     args.archives = []
     if args.rivals is not None:
-        args.archives = sorted(p for p in args.rivals.glob("*") if p.suffix in (".whl", ".gz"))
+        files = args.rivals.resolve().glob("*")
+        args.archives = sorted(each for each in files if each.suffix in (".whl", ".gz"))
         if not args.archives:
             parser.error(f"--rivals: no .whl and no .tar.gz in {args.rivals}")
     return args
@@ -549,9 +569,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    reason = None if args.rehearse else why_no_gpu()
-    if reason is not None:
-        print(f"gpu-check: no CUDA device: {reason}", file=sys.stderr)
+    missing = why_no_packages()
+    reason = None if missing or args.rehearse else why_no_gpu()
+    if missing or reason:
+        print(f"gpu-check: {missing or f'no CUDA device: {reason}'}", file=sys.stderr)
         return 2
     import torch
 
@@ -559,7 +580,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import _report
 
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        print(f"gpu-check: --out: cannot write to {out}: {error.strerror}", file=sys.stderr)
+        return 2
     device = torch.device("cpu" if args.rehearse else "cuda")
     record = {
         "date": _report.today(),
@@ -578,6 +604,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
             "TORCH_EXTENSIONS_DIR": str(Path(folder, "extensions")),
+            "TMPDIR": folder,  # what a step that is ended leaves goes with it
         }
         if not args.rehearse:  # for this GPU alone: a build for all takes minutes
             archs = os.environ.get("TORCH_CUDA_ARCH_LIST", gpu_capability())

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,35 @@ def read(path: Path) -> Run:
     Raises:
         ValueError: it is no such file, and why.
     """
-    record = json.loads(path.read_text())
+    try:
+        return _run_of(path.name, json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a result of gpu-times, got none: {error!r}") from error
+
+
+def _run_of(name: str, record: Mapping[str, Any]) -> Run:
     kind = record.get("schema"), record.get("benchmark")
     if kind != (1, "gpu-times"):
-        raise ValueError(f"{path}: expected schema 1 of gpu-times, got {kind[0]} of {kind[1]}")
+        raise ValueError(f"expected schema 1 of gpu-times, got {kind[0]} of {kind[1]}")
     gpu = record["machine"]["gpu"]
     if gpu is None:
-        raise ValueError(f"{path}: these are times of no GPU")
+        raise ValueError("these are times of no GPU")
+    for field in ("date", "versions", "git", "complete"):
+        record[field]
     for row in record["rows"]:
         if set(row) != FIELDS:
-            raise ValueError(f"{path}: a row differs in {', '.join(sorted(FIELDS ^ set(row)))}")
+            raise ValueError(f"a row differs in {', '.join(sorted(FIELDS ^ set(row)))}")
         if row["pass"] not in VALID:
             valid = ", ".join(filter(None, VALID))
-            raise ValueError(f"{path}: expected a pass of {valid}, got {row['pass']!r}")
-    return Run(path.name, record, _targets.rows_of(record), card_of(gpu["name"]))
+            raise ValueError(f"expected a pass of {valid}, got {row['pass']!r}")
+        if "<!--" in row["note"]:
+            raise ValueError(f"a note may hold no comment, got {row['note']!r}")
+        times = [row[name] for name in ("us", "p20_us", "p80_us")]
+        if times[0] is not None and not (times[0] > 0 and 0 <= min(times) <= max(times) < inf):
+            raise ValueError(f"expected times above 0, got {times}")
+    return Run(name, record, _targets.rows_of(record), card_of(gpu["name"]))
 
 
 def read_all(folder: Path) -> list[Run]:

@@ -247,7 +247,6 @@ class Prepared:
 def prepare(settings: Settings, case: cases.Case, dtypes: Sequence[str]) -> Prepared:
     made = Prepared()
     device = torch.device(settings.device)
-    pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
     for dtype in dtypes:
         several = [inputs_of(case, dtype, settings.device)]
         if settings.on_gpu:
@@ -259,6 +258,8 @@ def prepare(settings: Settings, case: cases.Case, dtypes: Sequence[str]) -> Prep
         for each in settings.implementations:
             if several[0].value.dtype not in each.dtypes:
                 continue
+            # Each its own: after a capture that failed, none succeeds in the same.
+            pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
             try:
                 prepare_one(settings, made, each, dtype, several, expected, cotangent, pool)
             except Exception as error:

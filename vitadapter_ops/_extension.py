@@ -41,6 +41,16 @@ class Library:
     error: str | None = None
 
 
+def _renew_lock() -> None:
+    """In a forked child: another thread, which is not there, may have held the parent's lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def source_dir() -> Path:
     """The folder of the kernels' source: inside a wheel's package, beside it in a checkout."""
     packaged = _PACKAGE / "csrc"

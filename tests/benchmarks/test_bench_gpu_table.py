@@ -294,3 +294,25 @@ def test_targets_speak_of_shapes_that_are_timed():
             each = [_targets.Measured(name, name, "bf16", "forward", "x", {}) for name in DECISIVE]
             names = [m.case for m in each if _targets.fnmatch.fnmatch(m.case, target.cases)]
             assert names, target.cases
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: [],
+        lambda record: None,
+        lambda record: {k: v for k, v in record.items() if k != "rows"},
+        lambda record: {k: v for k, v in record.items() if k != "git"},
+        lambda record: {**record, "machine": None},
+        lambda record: {**record, "rows": [{**row("vitadapter_ops", "forward", 2.0), "us": 0.0}]},
+        lambda record: {**record, "rows": [row("vitadapter_ops", "forward", float("nan"))]},
+        lambda record: {**record, "rows": [{**row("vitadapter_ops", "forward", 2.0), "us": "2"}]},
+        lambda record: {**record, "rows": [row("x", "", None, note="<!-- end of times -->")]},
+    ],
+)
+def test_odd_results_are_refused_in_one_line(tmp_path, capsys, change):
+    (tmp_path / "times-h200.json").write_text(json.dumps(change(times())))
+    assert gpu_table.main(["--results", str(tmp_path), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert "times-h200.json" in said
+    assert said.count("\n") == 1

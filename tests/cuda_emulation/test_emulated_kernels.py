@@ -21,6 +21,7 @@ import torch
 import cases
 import gate
 import infinities
+from tolerances import Inaccurate
 from vitadapter_ops import _extension
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -620,24 +621,39 @@ def run_with(mistake, folder, script):
     )
 
 
+# Times its bound: correct sums miss theirs by less, wrong ones by far more.
+NEAR = 4
+
+
+def first_error(kernels):
+    """What some checks in fp32 say of kernels first, or None; not of an error near its bound."""
+    located = (cases.SMALL[3], cases.SMALL[7], ENCODER)
+    # With 16 channels several rows for each warp.
+    offsets = [replace(case, channels=d) for case in cases.OFFSETS[:8] for d in (case.channels, 16)]
+    checks = [(check, case) for case in located] + [(check_offsets, case) for case in offsets]
+    for one, case in checks:
+        try:
+            one(kernels, case, "fp32")
+        except Inaccurate as error:
+            if error.times > NEAR:
+                return f"{case}: {error}"
+        except (AssertionError, RuntimeError) as error:
+            return f"{case}: {error}"
+    return None
+
+
+def test_no_mistake_is_seen_where_there_is_none(kernels):
+    assert first_error(kernels) is None
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_in_the_kernels_is_caught(kernels, name, tmp_path):
-    script = (
-        "try:\n"
-        "    for case in (cases.SMALL[3], cases.SMALL[7], t.ENCODER):\n"
-        "        t.check(kernels, case, 'fp32')\n"
-        "    for case in cases.OFFSETS[:8]:\n"
-        "        t.check_offsets(kernels, case, 'fp32')\n"
-        # Several rows for each warp.
-        "        t.check_offsets(kernels, t.replace(case, channels=16), 'fp32')\n"
-        "except (AssertionError, RuntimeError) as error:\n"
-        "    print('caught:', error)\n"
-    )
-    done = run_with(MUTATIONS[name], tmp_path, script)
+def test_a_mistake_in_the_kernels_is_caught(name, tmp_path):
+    done = run_with(MUTATIONS[name], tmp_path, "print('caught:', t.first_error(kernels))\n")
     # What is read before it is written is NaN, and as a pixel it leads out of the process's memory,
     # as do rows that do not exist.
     assert done.returncode in (0, -signal.SIGSEGV, -signal.SIGABRT), done.stderr
-    assert done.returncode != 0 or done.stdout.startswith("caught:"), done.stdout
+    assert done.returncode != 0 or "caught:" in done.stdout
+    assert "caught: None" not in done.stdout
 
 
 # 16 bytes less for each block than its warps use.

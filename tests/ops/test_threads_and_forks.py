@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from vitadapter_ops import MSDeformAttn
+from vitadapter_ops import MSDeformAttn, _extension
 
 THREADS = 4
 
@@ -99,3 +100,27 @@ def test_workers_forked_after_threads_were_used_compute_the_same():
     for got, theirs in zip(loader, expected, strict=True):
         for mine, its in zip(got, theirs, strict=True):
             torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+def test_a_worker_forked_while_another_thread_compiles_does_not_wait_for_it():
+    compiling, forked = threading.Event(), threading.Event()
+
+    def compile_for_long():
+        with _extension._lock:
+            compiling.set()
+            forked.wait(60)
+
+    thread = threading.Thread(target=compile_for_long)
+    thread.start()
+    compiling.wait()
+    child = multiprocessing.get_context("fork").Process(target=_extension.load, args=("cpu",))
+    child.start()
+    child.join(30)
+    try:
+        assert child.exitcode == 0
+    finally:
+        forked.set()
+        thread.join()
+        child.kill()
