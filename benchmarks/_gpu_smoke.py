@@ -33,6 +33,7 @@ import _report
 import cases
 import gate
 from _command import positive_float
+from _graphs import answers
 from _memory import first_line
 from tolerances import Inaccurate
 from vitadapter_ops import ms_deform_attn
@@ -312,7 +313,7 @@ def run_shard(shard: str, backend: str, device: str, start: int, only: int | Non
         found = {"ends": number, "error": error, "s": round(time.perf_counter() - begin, 2)}
         found["near"] = error is not None and beyond <= NEAR
         print(json.dumps(found), flush=True)
-        if error is not None and on_gpu and not _answers(device):
+        if error is not None and on_gpu and not answers(device):
             return BROKEN
     return 0
 
@@ -325,14 +326,6 @@ def _poison(device: str) -> None:
         torch.full((size,), nan, device=device) for size in (2**17, 2**13) for _ in range(64)
     ]
     del several
-
-
-def _answers(device: str) -> bool:
-    try:
-        torch.cuda.synchronize()
-        return bool(torch.ones(1, device=device).item())
-    except RuntimeError:
-        return False
 
 
 # --- shards, in the parent ----------------------------------------------------------------------

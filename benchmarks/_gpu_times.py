@@ -41,6 +41,7 @@ import _targets
 import cases
 import fused
 from _command import LOOK, columns, positive_float, wide_console
+from _graphs import answers
 from _memory import first_line, is_out_of_memory, measure
 from _rivals import DETERMINISTIC, OURS, RIVALS, TRITON, Implementation
 from _targets import CHAIN, FUSED
@@ -333,17 +334,6 @@ def profiled(case: cases.Case, dtypes: str, which: str, device: str) -> None:
     with torch.cuda.profiler.profile():
         step()
         torch.cuda.synchronize()
-
-
-def answers(device: str) -> bool:
-    """Whether the device still does anything: an illegal access ends all work of a process."""
-    if device != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize()
-        return bool(torch.ones(1, device=device).item())
-    except RuntimeError:
-        return False
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -44,6 +44,17 @@ def use_own_stream(device: torch.device) -> None:
     torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
+def answers(device: str) -> bool:
+    """Whether a device still does anything: an illegal access ends all work of a process on it."""
+    if torch.device(device).type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        return bool(torch.ones(1, device=device).item())
+    except RuntimeError:
+        return False
+
+
 def l2_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
