@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from rich.table import Table
 
 import _report
 from _bandwidth import NotMeasured
-from _command import LOOK, columns, positive_float, wide_console
+from _command import LOOK, columns, cuda_tool, positive_float, wide_console
 
 SOURCE = Path(__file__).with_name("ceilings.cu")
 BUILD_SECONDS = 120.0
@@ -170,29 +169,19 @@ def record(ceilings: Sequence[Ceiling], device: torch.device) -> dict[str, Any]:
     return {
         "schema": 1,
         "benchmark": "gpu-ceilings",
-        "date": _report.today(),
-        "machine": _report.machine(device),
-        "versions": _report.versions(),
-        "git": _report.git_state(),
+        **_report.origin(device),
         "ceilings": [asdict(each) for each in ceilings],
     }
-
-
-def _find_nvcc() -> str | None:
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    beside = None if CUDA_HOME is None else str(Path(CUDA_HOME) / "bin")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=beside) if beside else None)
 
 
 def why_not() -> str | None:
     """Why the program cannot be compiled here, or None."""
     missing = "ceilings.cu needs nvcc, which is neither on PATH nor in CUDA_HOME"
-    return None if _find_nvcc() else missing
+    return None if cuda_tool("nvcc") else missing
 
 
 def _nvcc() -> str:
-    found = _find_nvcc()
+    found = cuda_tool("nvcc")
     if found is None:
         raise NotMeasured(str(why_not()))
     return found

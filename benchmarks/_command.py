@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,14 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value
+
+
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, or with the CUDA that torch finds."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    beside = None if CUDA_HOME is None else shutil.which(name, path=str(Path(CUDA_HOME) / "bin"))
+    return shutil.which(name) or beside
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

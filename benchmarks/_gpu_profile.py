@@ -16,7 +16,6 @@ import argparse
 import csv
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import _report
-from _command import LOOK, columns, positive_float, wide_console
+from _command import LOOK, columns, cuda_tool, positive_float, wide_console
 
 BENCHMARKS = Path(__file__).resolve().parent
 PROGRAM = BENCHMARKS / "_gpu_times.py"
@@ -96,10 +95,7 @@ class NoCounters(ValueError):
 
 def find_ncu() -> str | None:
     """Ncu: on PATH, with the CUDA that torch finds, or where its own packages install it."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    beside = None if CUDA_HOME is None else str(Path(CUDA_HOME) / "bin")
-    found = shutil.which("ncu") or (shutil.which("ncu", path=beside) if beside else None)
+    found = cuda_tool("ncu")
     if found is not None:
         return found
     several = [each for each in PACKAGES.glob("*/ncu") if os.access(each, os.X_OK)]
@@ -364,13 +360,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"_gpu_profile.py: {reason}", file=sys.stderr)
             return 2
     signal.signal(signal.SIGTERM, _end)  # so that what runs ends with this
+    origin = _report.origin(torch.device("cpu" if args.rehearse else "cuda"))
+    origin["versions"]["ncu"] = version_of(ncu)
     record = {
         "schema": 1,
         "benchmark": "gpu-profile",
-        "date": _report.today(),
-        "machine": _report.machine(torch.device("cpu" if args.rehearse else "cuda")),
-        "versions": {**_report.versions(), "ncu": version_of(ncu)},
-        "git": _report.git_state(),
+        **origin,
         "rehearsal": args.rehearse,
     }
     return profile_all(args, ncu, record, wide_console())

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,14 @@ def checks_of(shard: str, backend: str, device: str) -> Iterator[Check]:
     """The checks of a shard: SPECIAL, or an operator and dtypes such as "located bf16"."""
     if shard == SPECIAL:
         for name, check in SPECIALS.items():
-            yield name, lambda check=check: check(backend, device)  # type: ignore[misc]
+            yield name, partial(check, backend, device)
         return
     operator, dtypes = shard.split()
     deterministic = (False, True) if backend == "cuda" else (False,)
     for case in _located() if operator == "located" else _from_offsets():
         for mode in deterministic:
             name = f"{shard} {case.name}{', deterministic' * mode}"
-            yield name, lambda case=case, mode=mode: _gate(case, dtypes, backend, device, mode)  # type: ignore[misc]
+            yield name, partial(_gate, case, dtypes, backend, device, mode)
 
 
 def _gate(
@@ -135,14 +136,17 @@ def _inputs(device: str, seed: int = 0, queries: int = 400) -> cases.Inputs:
     return case.inputs(seed).to(torch.float32, device)
 
 
-def _step(inputs: cases.Inputs, backend: str) -> Callable[[], list[torch.Tensor]]:
-    """Output and gradients, in the same memory each time where a graph replays it."""
-    tensors = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
+def _step(
+    inputs: cases.Inputs, backend: str, leaves: Sequence[torch.Tensor] | None = None
+) -> Callable[[], list[torch.Tensor]]:
+    """Output and gradients of `leaves`, or else of copies of the inputs."""
+    if leaves is None:
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
+    value, *points = leaves
 
     def step() -> list[torch.Tensor]:
-        value, *points = tensors
         out = ms_deform_attn(value, inputs.spatial_shapes, *points, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
     return step
 
@@ -173,8 +177,7 @@ def _elsewhere_in_memory(backend: str, device: str) -> None:
         out = ms_deform_attn(moved[0], inputs.spatial_shapes, *moved[1:], backend=backend)
         assert torch.allclose(out, expected[0], 1e-5, 1e-5), what
         leaves = [tensor.detach().requires_grad_() for tensor in moved]
-        out = ms_deform_attn(leaves[0], inputs.spatial_shapes, *leaves[1:], backend=backend)
-        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        _, *grads = _step(inputs, backend, leaves)()
         for name, one, other in zip(gate.NAMES[1:], grads, expected[1:], strict=True):
             assert torch.allclose(one, other, 1e-4, 1e-4), f"{what}: {name}"
 
@@ -202,11 +205,7 @@ def _captured(backend: str, device: str) -> None:
         return
     here, other = _inputs(device, 1), _inputs(device, 2)
     leaves = [tensor.detach().clone().requires_grad_() for tensor in here.tensors]
-
-    def step() -> list[torch.Tensor]:
-        out = ms_deform_attn(leaves[0], here.spatial_shapes, *leaves[1:], backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
+    step = _step(here, backend, leaves)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         step()
@@ -470,10 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schema": 1,
         "benchmark": "gpu-smoke",
         "backend": backend,
-        "date": _report.today(),
-        "machine": _report.machine(torch.device(device)),
-        "versions": _report.versions("vitadapter_ops"),
-        "git": _report.git_state(),
+        **_report.origin(torch.device(device), "vitadapter_ops"),
     }
     return run_all(args, record)
 

@@ -9,6 +9,7 @@ pytest alone prints failures when all is over, which never comes for a run that 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -69,10 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         "schema": 1,
         "benchmark": "gpu-tests",
-        "date": _report.today(),
-        "machine": _report.machine(torch.device("cpu" if args.rehearse else "cuda")),
-        "versions": _report.versions("vitadapter_ops"),
-        "git": _report.git_state(),
+        **_report.origin(torch.device("cpu" if args.rehearse else "cuda"), "vitadapter_ops"),
     }
     keeper = Keeper(args.out, record)
     given = ["-q", "--tb=short", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider"]
@@ -81,11 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         os.environ["FAIL_WITHOUT_CUDA"] = "1"
         given += ["-m", "gpu", "tests"]
-        try:
-            import xdist  # noqa: F401
-        except ImportError:
-            pass
-        else:
+        if importlib.util.find_spec("xdist") is not None:
             given += ["-n", str(workers())]
     os.chdir(_report.REPOSITORY)
     code = int(pytest.main([*given, *others], plugins=[keeper]))

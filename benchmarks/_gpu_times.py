@@ -43,23 +43,15 @@ import fused
 from _command import LOOK, columns, positive_float, wide_console
 from _graphs import answers
 from _memory import first_line, is_out_of_memory, measure
-from _rivals import DETERMINISTIC, OURS, RIVALS, TRITON, Implementation
+from _predictions import DECISIVE
+from _rivals import OURS, RIVALS, TRITON, Implementation, is_rival
 from _targets import CHAIN, FUSED
 from _timing import Case, OutOfMemory, Timing, take_turns
+from _traffic import BOTH, PASSES
 from tolerances import RIVAL_SHARE
 from vitadapter_ops import _extension
 
-# By how much a result is waited for.
-DECISIVE = (
-    "encoder-800x1333",
-    "decoder-800x1333",
-    "injector-B-512-x2",
-    "extractor-B-512-x2",
-    "dinov3-L-896",
-    "dinov3-S-896",
-)
 DTYPES = ("fp32", "bf16")
-PASSES = ("forward", "backward")
 # Of our backward: gathers and dot products without gradient of value; that gradient alone; what
 # comes before and after it.
 PARTS = ("points", "value", "zeros", "cast")
@@ -184,23 +176,13 @@ def without_gradients(step: Callable[[], object]) -> Callable[[], object]:
 def fused_steps(case: cases.Case, dtypes: str, device: str) -> Iterator[tuple[Key, Callable]]:
     """The fused operator and the chain that it replaces; "both" is a training step."""
     inputs = draw_offsets(case, dtypes, device)
-    value, reference, offsets, logits = inputs.tensors
-    sides = torch.tensor(
-        [(width, height) for height, width in case.shapes], dtype=reference.dtype, device=device
-    )[:, None]
+    value, _, offsets, logits = inputs.tensors
     grad = _rivals.cotangent_of(fused.fused(inputs, value, offsets, logits))
-    functions = (
-        (FUSED, partial(fused.fused, inputs)),
-        (CHAIN, partial(fused.chain, inputs, sides)),
-    )
-    for name, function in functions:
-        yield (name, "forward"), without_gradients(partial(function, value, offsets, logits))
+    for name, method in ((FUSED, "fused"), (CHAIN, "chain")):
+        function = fused.function_of(inputs, method)
+        yield (name, "forward"), partial(fused.forward, function, value, offsets, logits)
         leaves = [t.detach().clone().requires_grad_() for t in (value, offsets, logits)]
-
-        def both(function=function, leaves=leaves) -> object:
-            return torch.autograd.grad(function(*leaves), leaves, grad)
-
-        yield (name, "both"), both
+        yield (name, BOTH), partial(fused.both, function, leaves, grad)
 
 
 def one(step: Callable[[], object], device: torch.device) -> tuple[Case, str]:
@@ -236,7 +218,7 @@ def measure_one(case: cases.Case, dtypes: str, device: str, each: Implementation
         share = ((got.double() - expected.double()).abs().max() / expected.abs().max()).item()
         if not share <= RIVAL_SHARE:
             notes[each.name] = f"output differs from ours by {share:.0%} of the largest value"
-        training = _rivals.step_of(each, call, inputs, "both", grad)
+        training = _rivals.step_of(each, call, inputs, BOTH, grad)
         training()
         if where.type == "cuda":
             peaks[each.name] = (measure(training, where).growth_bytes or 0) / 2**20
@@ -283,9 +265,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
             continue
         if row.implementation in (OURS.name, TRITON.name):
             ours[key] = min(row.us, ours.get(key, row.us))
-        elif row.implementation != DETERMINISTIC.name and not row.implementation.startswith(
-            OURS.name
-        ):
+        elif is_rival(row.implementation):
             best = (row.us, row.implementation)
             rivals[key] = min(best, rivals.get(key, best))
     lost = sorted((rivals[key][0] / ours[key], key) for key in rivals if key in ours)
@@ -298,7 +278,7 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 def table_of(rows: Sequence[Row]) -> Table:
     """A line for each shape, dtype and implementation, a column for each pass."""
-    names = (*PASSES, "both", *PARTS)
+    names = (*PASSES, BOTH, *PARTS)
     table = Table(title="Microseconds on the device, warm; peak of a training step", **LOOK)
     columns(table, "shape", "dtype", "implementation", *names, "MiB")
     lines: dict[tuple[str, str, str], dict[str, Row]] = {}
@@ -382,14 +362,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume:
         record = json.loads(args.out.read_text())
     else:
+        origin = _report.origin(torch.device(args.device), "vitadapter_ops")
+        origin["versions"] |= {each.name: each.version for each in chosen if each.module != "torch"}
         record = {
             "schema": 1,
             "benchmark": "gpu-times",
-            "date": _report.today(),
-            "machine": _report.machine(torch.device(args.device)),
-            "versions": _report.versions("vitadapter_ops")
-            | {each.name: each.version for each in chosen if each.module != "torch"},
-            "git": _report.git_state(),
+            **origin,
             **{"library": library.origin, "rows": [], "done": [], "left_out": []},
             **{"broke": [], "losses": [], "complete": False},
         }

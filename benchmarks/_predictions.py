@@ -107,6 +107,7 @@ class Pixels:
     new: Mapping[str, float]
 
 
+# By how much a result is waited for.
 DECISIVE = {
     "encoder-800x1333": Pixels(0.907, {"fp32": 0.233, "bf16": 0.164}),
     "decoder-800x1333": Pixels(0.911, {"fp32": 0.760, "bf16": 0.681}),

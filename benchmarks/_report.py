@@ -169,6 +169,16 @@ def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def origin(device: torch.device, *packages: str) -> dict[str, Any]:
+    """When, where, with what and from which commit a result comes; `packages` as for `versions`."""
+    return {
+        "date": today(),
+        "machine": machine(device),
+        "versions": versions(*packages),
+        "git": git_state(),
+    }
+
+
 def caption(record: dict[str, Any]) -> str:
     """Machine and versions of a record in one line, for a chart."""
     host, software = record["machine"], record["versions"]

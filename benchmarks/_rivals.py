@@ -224,6 +224,11 @@ RIVALS = (
 )
 
 
+def is_rival(name: str) -> bool:
+    """Whether an implementation is another project's; the ways of ours begin with OURS.name."""
+    return not name.startswith(OURS.name)
+
+
 def forward_step(call: Call, inputs: cases.Inputs) -> Callable[[], Tensor]:
     """The forward pass without a graph."""
 

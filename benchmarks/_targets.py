@@ -12,7 +12,7 @@ from rich.table import Table
 
 from _cards import CARDS, card_of
 from _command import LOOK, columns
-from _rivals import DETERMINISTIC, OURS, TRITON
+from _rivals import DETERMINISTIC, OURS, TRITON, is_rival
 from _timing import ratio
 
 WARM, COLD = "warm", "cold"  # kinds of time, see _graphs.py
@@ -148,8 +148,8 @@ def _timed(results: Sequence[Measured], name: str) -> dict[tuple[str, str, str],
     return {each.key: each for each in results if each.implementation == name and each.seconds}
 
 
-def _is_rival(name: str, rivals: str) -> bool:
-    return fnmatch.fnmatch(name, rivals) and not name.startswith(OURS.name)
+def _is_among(name: str, rivals: str) -> bool:
+    return fnmatch.fnmatch(name, rivals) and is_rival(name)
 
 
 def _least(several: Iterator[Found]) -> Iterator[Found]:
@@ -169,7 +169,7 @@ def faster(cases: str, which: str, rivals: str, limit: float, dtypes: str = "fp3
         yield from _least(
             (each.ratios[kind], each)
             for each in results
-            if _is_rival(each.implementation, rivals) and kind in each.ratios and target.holds(each)
+            if _is_among(each.implementation, rivals) and kind in each.ratios and target.holds(each)
         )
 
     return Target(cases, which, dtypes, rivals.replace("*", ""), ENOUGH, limit, "x", found)
@@ -184,7 +184,7 @@ def less_memory(cases: str, which: str, rivals: str, dtypes: str = "*") -> Targe
         def several() -> Iterator[Found]:
             for each in results:
                 value = ratio(each.mib, ours.get(each.key))
-                rival = _is_rival(each.implementation, rivals)
+                rival = _is_among(each.implementation, rivals)
                 if kind == WARM and rival and value is not None and target.holds(each):
                     yield value, each
 

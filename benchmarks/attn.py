@@ -754,11 +754,8 @@ def record_of(settings: Settings, counted: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": 1,
         "benchmark": "attn",
-        "date": _report.today(),
+        **_report.origin(device, "numpy", "matplotlib", "rich", "vitadapter", "vitadapter_ops"),
         "settings": settings.as_json(),
-        "machine": _report.machine(device),
-        "versions": _report.versions("numpy", "matplotlib", "rich", "vitadapter", "vitadapter_ops"),
-        "git": _report.git_state(),
         "backends": {
             "available": list(vitadapter_ops.available_backends()),
             "ran": {key: chosen_backend(text) for key, text in explained.items()},

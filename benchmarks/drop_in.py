@@ -247,10 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cpu")
     console = wide_console()
     record: dict[str, Any] = {
-        "date": _report.today(),
-        "machine": _report.machine(device),
-        "versions": _report.versions("vitadapter_ops", "transformers"),
-        "git": _report.git_state(),
+        **_report.origin(device, "vitadapter_ops", "transformers"),
         "backends": {"ran": {"fp32": chosen_backend(vitadapter_ops.explain_backend(device))}},
     }
     console.print(_report.caption(record), style="dim", highlight=False)

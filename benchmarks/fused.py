@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,30 +76,35 @@ def fused(inputs: cases.OffsetInputs, value: Tensor, offsets: Tensor, logits: Te
     )
 
 
+def function_of(inputs: cases.OffsetInputs, method: str) -> Callable[..., Tensor]:
+    """A method from value, offsets and logits to the output; what models have once is made here."""
+    if method == "fused":
+        return partial(fused, inputs)
+    sides = [(width, height) for height, width in inputs.spatial_shapes]
+    reference = inputs.reference_points
+    levels = torch.tensor(sides, dtype=reference.dtype, device=reference.device)
+    return partial(chain, inputs, levels[:, None])
+
+
 def prepare(case: cases.OffsetCase, method: str, which: str, dtype: torch.dtype, device: str):
     """Inputs and gradients are built here; returns the step to measure."""
     inputs = case.inputs().to(dtype, device)
-    value, reference, offsets, logits = inputs.tensors
-    function = partial(fused, inputs)
-    if method == "chain":
-        sides = [(width, height) for height, width in case.shapes]
-        function = partial(
-            chain, inputs, torch.tensor(sides, dtype=reference.dtype, device=device)[:, None]
-        )
+    value, _, offsets, logits = inputs.tensors
+    function = function_of(inputs, method)
     if which == "forward":
-        return partial(_forward, function, value, offsets, logits)
+        return partial(forward, function, value, offsets, logits)
     leaves = [t.requires_grad_() for t in (value, offsets, logits)]
     size = (case.batch, case.queries, case.heads * case.channels)
     cotangent = torch.randn(size, device=device).to(dtype)
-    return partial(_both, function, leaves, cotangent)
+    return partial(both, function, leaves, cotangent)
 
 
-def _forward(function, *tensors: Tensor) -> Tensor:
+def forward(function, *tensors: Tensor) -> Tensor:
     with torch.no_grad():
         return function(*tensors)
 
 
-def _both(function, leaves: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+def both(function, leaves: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(function(*leaves), leaves, cotangent)
 
 
@@ -200,7 +205,7 @@ def prepare_products(case: cases.OffsetCase, together: bool, which: str, device:
     layers = [torch.nn.Linear(width, n * points, device=device) for n in (2, 1)]
     query = torch.randn(case.batch, case.queries, width, device=device)
     if which == "forward":
-        return partial(_forward, partial(_products, layers, together=together), query)
+        return partial(forward, partial(_products, layers, together=together), query)
     leaves = [query.requires_grad_(), *(p for layer in layers for p in layer.parameters())]
     cotangents = [torch.randn(*query.shape[:2], n * points, device=device) for n in (2, 1)]
 
@@ -376,10 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = wide_console()
     explanation = explain_backend(device, op="ms_deform_attn_from_offsets")
     record: dict[str, Any] = {
-        "date": _report.today(),
-        "git": _report.git_state(),
-        "machine": _report.machine(torch.device(device)),
-        "versions": _report.versions("vitadapter_ops"),
+        **_report.origin(torch.device(device), "vitadapter_ops"),
         "backends": {"ran": {"fused": chosen_backend(explanation)}},
         "settings": {"dtype": args.dtype, "repeats": args.repeats},
     }

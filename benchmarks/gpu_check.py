@@ -21,7 +21,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -274,13 +273,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer: on PATH, or with the CUDA that torch finds."""
-    from torch.utils.cpp_extension import CUDA_HOME
+    import _command
 
-    beside = None if CUDA_HOME is None else str(Path(CUDA_HOME) / "bin")
-    return shutil.which("compute-sanitizer") or (
-        shutil.which("compute-sanitizer", path=beside) if beside else None
-    )
+    return _command.cuda_tool("compute-sanitizer")
 
 
 def missing_module(name: str) -> str | None:
@@ -587,13 +582,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu-check: --out: cannot write to {out}: {error.strerror}", file=sys.stderr)
         return 2
     device = torch.device("cpu" if args.rehearse else "cuda")
-    record = {
-        "date": _report.today(),
-        "machine": _report.machine(device),
-        "versions": _report.versions(),
-        "git": _report.git_state(),
-        "rehearsal": args.rehearse,
-    }
+    record = {**_report.origin(device), "rehearsal": args.rehearse}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)  # so that steps end with this
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,8 @@ import _predictions
 import _report
 import _targets
 from _cards import CARDS, Card, card_of
-from _rivals import DETERMINISTIC, OURS, TRITON
+from _rivals import DETERMINISTIC, OURS, TRITON, is_rival
+from _traffic import BOTH, PASSES
 
 DOCUMENT = _report.REPOSITORY / "docs" / "gpu.md"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,10 +34,9 @@ FILES = "times-*.json"
 BLOCKS = ("times", "targets")
 NOT_YET = "not yet"
 
-PASSES = ("forward", "backward")
 PARTS = tuple(part for part in _predictions.PARTS if part not in PASSES)
 # What a row may be of: "both" of the fused operator and its chain; "" where nothing was timed.
-VALID = (*_predictions.PARTS, "both", "")
+VALID = (*_predictions.PARTS, BOTH, "")
 FIELDS = {"case", "dtype", "implementation", "pass", "us", "p20_us", "p80_us", "mib", "note"}
 
 Key = tuple[str, str, str]  # case, dtype, pass or part
@@ -73,16 +73,12 @@ class Run:
         return next((row for row in self.rows(key) if row["implementation"] == name), None)
 
     def best_rival(self, key: Key) -> Row | None:
-        rivals = [row for row in self.rows(key) if is_rival(row)]
+        rivals = [row for row in self.rows(key) if is_rival(row["implementation"])]
         return min(rivals, key=lambda row: row["us"], default=None)
 
 
 def key_of(row: Row) -> Key:
     return row["case"], row["dtype"], row["pass"]
-
-
-def is_rival(row: Row) -> bool:
-    return not row["implementation"].startswith(OURS.name)
 
 
 def read(path: Path) -> Run:
@@ -197,7 +193,11 @@ def _below(run: Run, keys: Sequence[Key]) -> list[str]:
     compared, lost = 0, []
     for key in keys:
         ours = run.row(key)
-        rivals = [] if ours is None else [row for row in run.rows(key) if is_rival(row)]
+        rivals = (
+            []
+            if ours is None
+            else [row for row in run.rows(key) if is_rival(row["implementation"])]
+        )
         compared += len(rivals)
         lost += [
             (row["us"] / ours["us"], f"{row['implementation']} ({', '.join(key)})")

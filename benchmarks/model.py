@@ -280,10 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console: Console = wide_console()
     device = torch.device(settings.device)
     record: dict[str, Any] = {
-        "machine": _report.machine(device),
-        "versions": _report.versions(),
-        "git": _report.git_state(),
-        "date": _report.today(),
+        **_report.origin(device),
         "backends": {
             "ran": {"fp32": chosen_backend(vitadapter_ops.explain_backend(device=device.type))}
         },

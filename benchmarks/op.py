@@ -258,10 +258,8 @@ def prepare(settings: Settings, case: cases.Case, dtypes: Sequence[str]) -> Prep
         for each in settings.implementations:
             if several[0].value.dtype not in each.dtypes:
                 continue
-            # Each its own: after a capture that failed, none succeeds in the same.
-            pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
             try:
-                prepare_one(settings, made, each, dtype, several, expected, cotangent, pool)
+                prepare_one(settings, made, each, dtype, several, expected, cotangent)
             except Exception as error:
                 if each is OURS:
                     raise
@@ -281,7 +279,6 @@ def prepare_one(
     several: Sequence[cases.Inputs],
     expected: torch.Tensor,
     cotangent: torch.Tensor,
-    pool: object,
 ) -> None:
     """Adds one implementation at one dtype: all of its passes, or none."""
     call = each.bind(several[0])
@@ -291,6 +288,8 @@ def prepare_one(
     if not share <= RIVAL_SHARE:  # also when it is not a number
         notes.append(f"output differs from ours by {share:.0%} of the largest value")
     steps: dict[Key, Case] = {}
+    # Its own: after a capture that failed, none succeeds in the same.
+    pool = torch.cuda.graph_pool_handle() if settings.on_gpu else None
     for which in settings.passes:
         copies = [_rivals.step_of(each, call, inputs, which, cotangent) for inputs in several]
         if settings.on_gpu:
@@ -595,10 +594,7 @@ def record_of(settings: Settings) -> dict[str, Any]:
     """What every row shares."""
     device = torch.device(settings.device)
     return {
-        "date": _report.today(),
-        "machine": _report.machine(device),
-        "versions": _report.versions("vitadapter_ops"),
-        "git": _report.git_state(),
+        **_report.origin(device, "vitadapter_ops"),
         "backends": {
             "ran": {
                 dtype: chosen_backend(
