@@ -101,6 +101,21 @@ def _split_entries(
     )
 
 
+def check_grid(name: str, tokens: Tensor, grid: tuple[int, int], front: int) -> None:
+    """Raises ValueError unless a position embedding has a given grid, or a square one.
+
+    Args:
+        name: for the message.
+        tokens: [1, P + h * w, D].
+        grid: (h, w).
+        front: P.
+    """
+    entries = tokens.shape[1]
+    fits = front + grid[0] * grid[1] == entries
+    _, shape = _split_entries(name, entries, grid if fits else None, (front,))
+    check_rows(name, tokens[0, front:], shape)
+
+
 def check_rows(
     name: str,
     tokens: Tensor,

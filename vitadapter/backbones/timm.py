@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -64,6 +66,26 @@ class TimmViT(nn.Module):
         """The model's final norm; None where it has none."""
         return None if isinstance(self.model.norm, nn.Identity) else self.model.norm
 
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published file's weights by this model's names and in its sizes: timm's own conversion.
+
+        Biases of DINOv3 that timm leaves out, for they are zero in the published files, stay in the
+        result where they are not.
+        """
+        modules = [sys.modules[kind.__module__] for kind in type(self.model).__mro__]
+        convert = next(filter(None, (getattr(m, "checkpoint_filter_fn", None) for m in modules)))
+        given = {key: value for key, value in state.items() if key != "mask_token"}
+        if "register_tokens" in state or "blocks.0.mlp.w12.weight" in state:
+            given["mask_token"] = state["patch_embed.proj.weight"]  # by which timm knows DINOv2
+        with redirect_stdout(None):  # a bias that the model does not have
+            result: dict[str, Tensor] = convert(given, self.model)
+        for key, bias in state.items():
+            if key.endswith("attn.qkv.bias") and not {key, _query_bias(key)} & result.keys():
+                query, _, value = bias.chunk(3)  # one of the keys has no effect
+                if query.any() or value.any():
+                    result[key] = bias
+        return result
+
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
         """Tokens, grid, and one callable for each block.
 
@@ -104,6 +126,11 @@ class TimmViT(nn.Module):
             ]
             return model.norm_pre(x), shape, steps
         return model.norm_pre(model.patch_drop(x)), shape, list(model.blocks)
+
+
+def _query_bias(key: str) -> str:
+    """The name of the queries' own bias for that of all three."""
+    return key.replace("qkv.bias", "q_bias")
 
 
 def _beside_a_blank(step: Step, x: Tensor) -> Tensor:

@@ -4,16 +4,42 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 State = dict[str, Tensor]
 
+_ROTARY = "DINOv3, or another ViT without a position embedding"
+# Families that an adapter of this package is built into; "#" stands for a block's number.
+_KNOWN = (
+    ("Uni-Perceiver", "layers.#.self_attn.in_proj.weight"),
+    ("BEiT", "blocks.#.attn.relative_position_bias_table"),
+    ("a plain ViT", "blocks.#.attn.qkv.weight"),
+)
+_FOREIGN = (
+    ("a Swin Transformer", r"layers\.\d+\.blocks\.\d+\."),
+    ("a ConvNeXt", r"(downsample_layers|stages\.\d+\.(blocks\.)?\d+\.(dwconv|conv_dw))"),
+    ("a ResNet", r"layer1\.0\.conv1"),
+    ("CLIP", r"transformer\.resblocks\."),
+    ("a transformers model", r"layer\.\d+\.(attention\.(attention|self)|norm1)\."),
+    ("EVA-02", r"blocks\.\d+\.attn\.q_proj\."),
+)
+_TIMM = "; timm has the same weights in its own names, for ViTAdapter.from_timm"
+_REMEDIES = {_ROTARY: _TIMM, "CLIP": _TIMM, "a transformers model": _TIMM, "EVA-02": _TIMM}
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a state_dict's keys and shapes tell."""
+    """What a state_dict's keys and shapes tell.
+
+    Attributes:
+        family: a name.
+        width: of the tokens; 0: unknown.
+        depth: number of blocks; 0: unknown.
+        interactions: of the adapter; 0: none.
+    """
 
     family: str
     width: int = 0
@@ -28,34 +54,56 @@ class Architecture:
             text += f" with an adapter of {self.interactions} interactions"
         return text
 
+    @property
+    def remedy(self) -> str:
+        """What to do with a file of it, after a semicolon."""
+        return _REMEDIES.get(self.family, "")
+
     @staticmethod
-    def of(state: State) -> Architecture:
-        """Of a state_dict in our names."""
-        interactions = depth_of(state, "interactions")
-        for family, stem, key in (
-            ("Uni-Perceiver", "layers", "layers.0.self_attn.in_proj.weight"),
-            ("BEiT", "blocks", "blocks.0.attn.relative_position_bias_table"),
-            ("a plain ViT", "blocks", "blocks.0.attn.qkv.weight"),
-        ):
-            if key not in state:
-                continue
-            width = state["blocks.0.norm1.weight"] if stem == "blocks" else state[key].t()
-            return Architecture(family, width.shape[0], depth_of(state, stem), interactions)
-        for family, pattern in (
-            ("a Swin Transformer", r"layers\.0\.blocks\.0\."),
-            ("a ConvNeXt", r"(downsample_layers|stages\.\d+\.(blocks\.)?\d+\.(dwconv|conv_dw))"),
-            ("a ResNet", r"layer1\.0\.conv1"),
-            ("CLIP", r"(visual\.)?transformer\.resblocks\."),
-            ("a transformers model", r"(.*\.)?encoder\.layer\.0\."),
-        ):
-            if any(re.match(pattern, key) for key in state):
+    def of(state: State, others: Iterable[str] = ()) -> Architecture:
+        """Of a state_dict in our names.
+
+        Args:
+            state: a backbone, with an adapter or without.
+            others: further keys of the file, in which other architectures are looked for.
+        """
+        for family, pattern in _FOREIGN:
+            if any(re.search(rf"(^|\.){pattern}", key) for key in (*state, *others)):
                 return Architecture(family)
-        keys = ", ".join(list(state)[:3])
+        for family, name in _KNOWN:
+            pattern = re.escape(name).replace(r"\#", r"\d+")
+            key = next((key for key in state if re.fullmatch(pattern, key)), None)
+            if key is None:
+                continue
+            stem = name.partition(".")[0]
+            qkv = state.get(key.replace("relative_position_bias_table", "qkv.weight"))
+            width = 0 if qkv is None else qkv.shape[-1]
+            if family == "a plain ViT" and "pos_embed" not in state:
+                family = _ROTARY
+            depth = depth_of(state, stem)
+            return Architecture(family, width, depth, depth_of(state, "interactions"))
+        keys = ", ".join([*state, *others][:3])
         return Architecture(f"no vision transformer that is known here, with keys {keys}")
 
 
-def depth_of(state: State, stem: str) -> int:
+def depth_of(state: Iterable[str], stem: str) -> int:
     """Number of modules in the list `stem`."""
     pattern = re.compile(rf"{stem}\.(\d+)\.")
     found = [int(match[1]) for match in map(pattern.match, state) if match]
     return max(found, default=-1) + 1
+
+
+def lacking_in_blocks(state: Iterable[str], target: Iterable[str]) -> list[str]:
+    """What all blocks of the target have, and none of the state_dict's, where it has blocks."""
+    given, expected = _names_in_blocks(state), _names_in_blocks(target)
+    if not given or not expected:
+        return []
+    return sorted(set.intersection(*expected).difference(*given))
+
+
+def _names_in_blocks(keys: Iterable[str]) -> list[set[str]]:
+    blocks: dict[str, set[str]] = {}
+    for key in keys:
+        if match := re.match(r"((?:blocks|layers)\.\d+)\.(.*)", key):
+            blocks.setdefault(match[1], set()).add(match[2])
+    return list(blocks.values())

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that is loaded into: its keys, and what files become for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import resize
+from ..pyramid import FeaturePyramid
+from .architecture import Architecture, State, lacking_in_blocks
+from .names import Part, published_name, published_names, without_chunks, without_wrappers
+
+# [1, N, D]: tokens beside the class token.
+_REGISTERS = ("register_tokens", "reg_token", "storage_tokens")
+
+
+class Target:
+    """A model of this package, by the keys that it has without compilation and wrappers.
+
+    Args:
+        model: as `load_checkpoint` takes it.
+
+    Attributes:
+        state: its state_dict.
+        vit: what is before the ViT's own keys, where it is a submodule.
+
+    Raises:
+        TypeError: it is no model of this package.
+        ValueError: it is on the meta device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = _unwrapped(model)
+        state = self._model.state_dict()
+        check_values("model", state, "call model.to_empty(device=...) and initialise it")
+        self._keys = {without_wrappers(key): key for key in state}
+        self.state = {key: state[own] for key, own in self._keys.items()}
+        backbone = getattr(self._model, "backbone", None)
+        # Of timm's models.
+        self._convert: Callable[[State], State] | None = getattr(backbone, "convert", None)
+        self.vit = ""
+        if backbone is not None:
+            self.vit = "backbone.model." if self._convert else "backbone."
+
+    @property
+    def models(self) -> dict[str, tuple[Collection[str], Callable[[str], str]]]:
+        """What to look for in a file, see `find`."""
+        if not self.vit:
+            return {"whole": (self.state.keys(), published_name)}
+        inner = {self.bare(key) for key in self.state if key.startswith(self.vit)}
+        return {"whole": (self.state.keys(), str), "vit": (inner, without_chunks)}
+
+    def bare(self, key: str) -> str:
+        """A key without what is before the ViT's."""
+        return key.removeprefix(self.vit)
+
+    def is_around_vit(self, key: str) -> bool:
+        """Whether it is a key of the adapter, or of a baseline's necks."""
+        return key.partition(".")[0] in self._model.own_parts
+
+    def converted(self, part: Part, grid: tuple[int, int] | None) -> tuple[State, list[str]]:
+        """A file's part by this model's keys and in its sizes, and what was resized for it.
+
+        Raises:
+            ValueError: it is of another architecture, or grid is wrong.
+        """
+        return (self._around if self.vit else self._published)(part, grid)
+
+    def _published(self, part: Part, grid: tuple[int, int] | None) -> tuple[State, list[str]]:
+        state = published_names(part.state)
+        # An adapter whose ViT is a submodule: one of the two is what was found.
+        around = re.sub(r"backbone\.(model\.)?$", "", part.front)
+        is_vit = around != part.front and any(
+            key.startswith(around + "interactions.") for key in part.outside
+        )
+        stems = {key.partition(".")[0] for key in state}
+        if is_vit or {"interactions", "backbone"} <= stems:
+            raise ValueError(
+                "checkpoint: expected a model of create_model or a ViT, got an adapter around "
+                "another ViT, under backbone.; build the model by ViTAdapter.from_timm or around"
+            )
+        expected, got = Architecture.of(self.state), Architecture.of(state)
+        if got not in (expected, replace(expected, interactions=0)):
+            raise self.refusal(state, [*(part.front + key for key in part.state), *part.outside])
+        fronts, has_tokens = _fronts(state)
+        return state, _resize(state, self.state, grid, fronts, has_tokens)
+
+    def _around(self, part: Part, grid: tuple[int, int] | None) -> tuple[State, list[str]]:
+        if grid is not None:
+            raise ValueError(
+                "grid: expected None for a model around another ViT (timm's own loading resizes), "
+                f"got {grid}"
+            )
+        vit, state = part.state, State()
+        if part.kind == "whole":
+            # Some adapters have the ViT's keys under backbone. alone.
+            front = self.vit if any(key.startswith(self.vit) for key in vit) else "backbone."
+            state = {key: v for key, v in vit.items() if not key.startswith(front)}
+            vit = {key.removeprefix(front): v for key, v in vit.items() if key.startswith(front)}
+        stems = {key.partition(".")[0] for key in part.state}
+        if {"interactions", "blocks"} <= stems:
+            raise ValueError(
+                "checkpoint: expected a ViT, or an adapter around one with its keys under "
+                "backbone., got a model of create_model, whose ViT has no class token; build the "
+                "model by create_model"
+            )
+        vit, resized = {without_chunks(key): value for key, value in vit.items()}, []
+        if self._convert is not None:
+            self._check_grid(vit)
+            converted = self._convert(vit)
+            resized = [
+                self.vit + key
+                for key, value in converted.items()
+                if key in vit and vit[key].shape != value.shape
+            ]
+            vit = converted
+        return state | {self.vit + key: value for key, value in vit.items()}, resized
+
+    def _check_grid(self, vit: State) -> None:
+        """Raises ValueError where positions for timm, which takes a square, lie in no such grid."""
+        own, given = self.state.get(self.vit + "pos_embed"), vit.get("pos_embed")
+        if own is None or given is None:
+            return
+        embed: Any = self._model.get_submodule(self.vit + "patch_embed")
+        rows, columns = embed.grid_size
+        front = own.shape[1] - rows * columns
+        # timm adds DINOv2's entry of the class token to that token, where there are registers.
+        front += "register_tokens" in vit
+        resize.check_grid("pos_embed", given, (rows, columns), front)
+
+    def fill_layer_scales(self, state: State) -> list[str]:
+        """Makes layer scales of 1, by which nothing is scaled, for a file without; the keys."""
+        keys = [key for key in self.state if re.fullmatch(r"blocks\.\d+\.gamma[12]", key)]
+        if not any(key.startswith("blocks.") for key in state) or state.keys() & set(keys):
+            return []
+        state.update({key: torch.ones_like(self.state[key]) for key in keys})
+        return keys
+
+    def load(self, state: State) -> tuple[list[str], list[str]]:
+        """Loads what the model has; returns keys of the model and of the state that are left.
+
+        Raises:
+            ValueError: shapes differ, or all blocks lack something.
+        """
+        lacking = lacking_in_blocks(map(self.bare, state), map(self.bare, self.state))
+        if lacking:
+            raise ValueError(
+                f"checkpoint: expected {self._expected}, got blocks without {', '.join(lacking)}"
+            )
+        wrong = [
+            f"{key}: expected {list(self.state[key].shape)}, got {list(value.shape)}"
+            for key, value in state.items()
+            if key in self.state and self.state[key].shape != value.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"checkpoint: expected {self._expected}, got one of which {len(wrong)} shapes "
+                f"differ ({', '.join(wrong[:3])})"
+            )
+        own = {self._keys[key]: value for key, value in state.items() if key in self._keys}
+        result = self._model.load_state_dict(own, strict=False)
+        unexpected = [key for key in state if key not in self._keys]
+        return [without_wrappers(key) for key in result.missing_keys], unexpected
+
+    def refusal(self, state: State, others: Iterable[str]) -> ValueError:
+        """An error that says what a file looks like."""
+        got = Architecture.of(state, others)
+        return ValueError(
+            f"checkpoint: expected {self._expected}, got one that looks like {got}{got.remedy}"
+        )
+
+    @property
+    def _expected(self) -> str:
+        if not self.vit:
+            return str(Architecture.of(self.state))
+        vit = self._model.get_submodule(self.vit[:-1])
+        return f"weights of its ViT, {type(vit).__name__}, with an adapter or without"
+
+
+def _unwrapped(model: Any) -> FeaturePyramid:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = model.module
+    if inner is not None:
+        return _unwrapped(inner)
+    if not isinstance(model, FeaturePyramid):
+        parts = model.named_modules() if isinstance(model, nn.Module) else ()
+        inside = [name for name, part in parts if isinstance(part, FeaturePyramid)]
+        raise TypeError(
+            "model: expected one of create_model, ViTAdapter.from_timm or ViTAdapter.around, got "
+            f"{type(model).__name__}" + (f"; give its {inside[0]}" if inside else "")
+        )
+    return model
+
+
+def check_values(name: str, state: Mapping[str, Tensor], remedy: str) -> None:
+    """Raises ValueError where tensors are on the meta device: copies from and to it do nothing."""
+    without = [key for key, value in state.items() if value.is_meta]
+    if without:
+        raise ValueError(
+            f"{name}: expected tensors that have values, got {len(without)} of {len(state)} on the "
+            f"meta device ({', '.join(without[:3])}); {remedy} first"
+        )
+
+
+def _fronts(state: State) -> tuple[set[int], bool]:
+    """What may be the number of entries before the grid, and whether there is a class token."""
+    classes = sum(key in state for key in ("cls_token", "dist_token"))
+    registers = sum(
+        state[key].shape[1] for key in _REGISTERS if key in state and state[key].dim() == 3
+    )
+    # Released models have dropped the class token and kept its entry; others have it without one.
+    fronts = {0, classes} if classes else set(resize.EXTRA_ENTRIES)
+    # Register tokens may have entries too.
+    return {front + more for front in fronts for more in (0, registers)}, classes > 0
+
+
+def _resize(
+    state: State,
+    target: State,
+    grid: tuple[int, int] | None,
+    fronts: set[int],
+    has_tokens: bool,
+) -> list[str]:
+    """Resizes, in place of what it was, whatever may differ in size; returns the keys."""
+    resized, used = [], False
+    for key, value in state.items():
+        if key not in target:
+            continue
+        size = target[key].shape
+        if value.dim() != len(size):
+            raise ValueError(
+                f"{key}: expected {len(size)} dimensions, as in {list(size)}, got shape "
+                f"{list(value.shape)}"
+            )
+        if key == "pos_embed" and value.shape[2] == size[2]:
+            new = resize.position_embedding(
+                value, size[1], prefix=1, grid=grid, extra=fronts, has_tokens=has_tokens
+            )
+            used = True
+        elif key.endswith("spatial_pos_embed.weight") and value.shape[1] == size[1]:
+            new = resize.position_embedding(value[None], size[0], prefix=0, grid=grid, extra=(0,))
+            new = new.squeeze(0)
+            used = True
+        elif value.shape == size:
+            continue
+        elif key.endswith("relative_position_bias_table") and value.shape[1] == size[1]:
+            new = resize.bias_table(value, size[0])
+        elif key.endswith("patch_embed.proj.weight") and value.shape[:2] == size[:2]:
+            new = resize.patch_projection(value, size[-1])
+        else:
+            continue
+        if new.shape != value.shape or not torch.equal(new, value):
+            state[key] = new
+            resized.append(key)
+    if grid is not None and not used:
+        raise ValueError(
+            f"grid: expected a file with a position embedding, got {grid} for one without"
+        )
+    return resized
