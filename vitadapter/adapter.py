@@ -135,7 +135,7 @@ class ViTAdapter(FeaturePyramid):
         therefore depends on the padding, and in training mode so do the batch statistics.
 
         Args:
-            images: [B, 3, H, W], floating point, normalised as in pre-training; any H, W of at
+            images: [B, C, H, W], floating point, normalised as in pre-training; any H, W of at
                 least one patch. BEiT for segmentation serves one size.
 
         Returns:
@@ -222,7 +222,7 @@ class ViTAdapter(FeaturePyramid):
         dim = config.embed_dim
         self.config = config
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPriorModule(config.conv_inplane, dim)
+        self.spm = SpatialPriorModule(config.conv_inplane, dim, config.in_chans)
         self.interactions = build_interactions(config)
         self.up = Upsample(dim)
         self.norm1 = nn.BatchNorm2d(dim)
@@ -267,6 +267,7 @@ class UniPerceiverAdapter(UniPerceiver, ViTAdapter):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(
+            in_chans=config.in_chans,
             embed_dim=config.embed_dim,
             depth=config.depth,
             num_heads=config.num_heads,
@@ -298,6 +299,7 @@ class WrappedAdapter(ViTAdapter):
             embed_dim=dim,
             depth=backbone.depth,
             patch_size=backbone.patch_size,
+            in_chans=getattr(backbone, "in_chans", 3),
             deform_ratio=ratio,
             **values,
         )
@@ -323,6 +325,7 @@ class WrappedAdapter(ViTAdapter):
 def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:
     """Arguments for `PlainViT`."""
     return {
+        "in_chans": config.in_chans,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
@@ -339,6 +342,7 @@ def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:
 def beit_arguments(config: ModelConfig) -> dict[str, Any]:
     """Arguments for `BEiT`."""
     return {
+        "in_chans": config.in_chans,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,

@@ -20,7 +20,7 @@ FEATURE_RULES = ("new", "old")
 _POSITIVE = (
     *("embed_dim", "depth", "num_heads", "adapter_heads", "pretrain_size", "patch_size"),
     *("n_points", "window_size", "conv_inplane", "deform_ratio", "mlp_ratio", "cffn_ratio"),
-    *("norm_eps",),
+    *("norm_eps", "in_chans"),
 )
 
 
@@ -37,6 +37,7 @@ class AdapterConfig:
         drop_path_rate: stochastic depth: rises linearly to this value over the ViT blocks, and
             applies in full to the ConvFFN of every extractor.
         patch_size: side of the ViT's patches in pixels.
+        in_chans: channels of the images.
         attention: the adapter's attention: "deformable", "dense", "cswin" or "pale".
         components: "full", or a part of it: "spm+extractor" has no injectors; "spm+injector" and
             "spm" (paper table 6) have no extractors, see `ViTBaseline`.
@@ -70,6 +71,7 @@ class AdapterConfig:
     adapter_heads: int
     drop_path_rate: float
     patch_size: int = PATCH_SIZE
+    in_chans: int = 3
     attention: str = "deformable"
     components: str = "full"
     num_interactions: int = NUM_MAPS

@@ -21,8 +21,8 @@ class Backbone(Protocol):
         patch_size: side of a patch in pixels.
         num_prefix_tokens: class and register tokens in front of the patch tokens, P.
 
-    A backbone may also have `norm`, a callable that maps tokens to tokens: its final norm, for the
-    option norm_taps.
+    A backbone may also have `in_chans`, the number of channels of the images, else 3; and `norm`, a
+    callable that maps tokens to tokens: its final norm, for the option norm_taps.
     """
 
     embed_dim: int
@@ -34,7 +34,7 @@ class Backbone(Protocol):
         """Embeds the images and says how to go on.
 
         Args:
-            images: [B, 3, H, W], H and W multiples of the patch size.
+            images: [B, in_chans, H, W], H and W multiples of the patch size.
 
         Returns:
             The tokens [B, P + h*w, D] before the first block, the grid (h, w), and one callable for

@@ -31,6 +31,7 @@ class TimmViT(nn.Module):
 
     Attributes:
         model: timm's model.
+        in_chans: channels of the images.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
@@ -57,6 +58,7 @@ class TimmViT(nn.Module):
         self.embed_dim = self.model.embed_dim
         self.depth = len(self.model.blocks)
         self.patch_size = self.model.patch_embed.patch_size[0]
+        self.in_chans = self.model.patch_embed.proj.weight.shape[1]
         self.num_prefix_tokens = self.model.num_prefix_tokens
 
     @property
