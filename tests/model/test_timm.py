@@ -32,6 +32,8 @@ MODELS = {
     "eva02_tiny_patch14_224": {"depth": 4},  # rotary and learned positions, SwiGLU
     "vit_tiny_patch16_224": {"depth": 4, "patch_size": 8},
     "vit_base_patch16_rope_mixed_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "vit_relpos_base_patch16_cls_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "vit_srelpos_small_patch16_224": {"depth": 4},  # one bias for all blocks, no class token
 }
 # Of one image size.
 RELATIVE = ("beit", "vit_relpos", "vit_srelpos")
@@ -163,9 +165,79 @@ def test_a_model_that_timm_made_can_be_passed(timm):
     assert model.config.adapter_heads == 6
 
 
-def test_pretrained_models_of_other_kinds_are_refused(timm):
-    with pytest.raises(ValueError, match=r"name: expected a plain vision .*got ResNet"):
-        ViTAdapter.from_timm("resnet18", task="detection")
+def test_a_model_that_timm_made_for_one_size_says_how_to_make_it_for_all(timm):
+    vit = timm.create_model("deit_tiny_patch16_224", depth=4, img_size=64)
+    model = ViTAdapter.from_timm(vit, task="detection", conv_inplane=8)
+    assert len(model(torch.randn(2, 3, 64, 64))) == 4
+    text = r"images: expected 64x64 .*got 64x96; .*dynamic_img_size=True"
+    with pytest.raises(ValueError, match=text):
+        model(torch.randn(2, 3, 64, 96))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"pretrained": True}, {"img_size": 64}, {"model_args": {"depth": 4}}], ids=str
+)
+def test_a_model_that_timm_made_is_made_with_no_further_arguments(timm, arguments):
+    vit = timm.create_model("deit_tiny_patch16_224", depth=4)
+    with pytest.raises(ValueError, match=rf"^{next(iter(arguments))}: expected to be left out"):
+        ViTAdapter.from_timm(vit, task="detection", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("resnet18", "ResNet"), ("swin_tiny_patch4_window7_224", "SwinTransformer")),
+        *(("naflexvit_base_patch16_gap", "NaFlexVit"), ("convit_tiny", "ConVit")),
+        ("samvit_base_patch16", "VisionTransformerSAM"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(timm, name, kind):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=rf"name: expected a plain vision .*got {kind}$"),
+    ):
+        ViTAdapter.from_timm(name, task="detection")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_r_s16_p8_224", "vit_base_r50_s16_224", "vit_base_mci_224", "vitamin_small_224"],
+)
+def test_stems_of_several_convolutions_are_refused(timm, name):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"name: .*one convolution.*VisionTransformer.*HybridEmbed"),
+    ):
+        ViTAdapter.from_timm(name, task="detection")
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused(timm):
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Same(VisionTransformer):
+        pass
+
+    class Prompted(VisionTransformer):
+        def forward_features(self, x):
+            return super().forward_features(x)
+
+    sizes = {"embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0, "img_size": 64}
+    model = ViTAdapter.from_timm(Same(**sizes), task="detection", conv_inplane=8)
+    assert len(model(torch.randn(2, 3, 64, 64))) == 4
+    with pytest.raises(ValueError, match=r"name: expected a plain vision .*got Prompted$"):
+        ViTAdapter.from_timm(Prompted(**sizes), task="detection")
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_patches_that_are_dropped_or_lie_over_each_other_are_refused(timm, name):
+    text = r"^patch_drop_rate: expected 0, .* got 0.25"
+    with torch.device("meta"), pytest.raises(ValueError, match=text):
+        ViTAdapter.from_timm(name, task="detection", model_args={"patch_drop_rate": 0.25})
+    with torch.device("meta"):
+        vit = timm.create_model(name)
+    vit.patch_embed.proj.stride = (8, 8)
+    with pytest.raises(ValueError, match=r"patches of 16x16 pixels side by side.*stride \(8, 8\)"):
+        ViTAdapter.from_timm(vit, task="detection")
 
 
 def test_defaults_follow_the_published_sizes(timm):
