@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -18,9 +17,16 @@ from vitadapter_ops import MSDeformAttn
 from . import images as image_tools
 from .backbones.beit import BEiT
 from .backbones.plain_vit import PlainViT
-from .backbones.protocol import Backbone, Grid, Step
+from .backbones.protocol import Backbone, Grid, Step, check_backbone
 from .backbones.uniperceiver import UniPerceiver
-from .config import COARSEST_STRIDE, NUM_MAPS, AdapterConfig, ModelConfig
+from .config import (
+    COARSEST_STRIDE,
+    NUM_MAPS,
+    AdapterConfig,
+    ModelConfig,
+    check_options,
+    field_names,
+)
 from .layers.attention import build_attention
 from .layers.attention.deformable import reference_points
 from .layers.bilinear import add_bilinear
@@ -38,6 +44,12 @@ from .pyramid import FeaturePyramid
 
 # What `ViTAdapter` adds to a backbone.
 ADAPTER_PARTS = (*("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4"),)
+# Options of `around` and `from_timm`: what the backbone does not say, and is no argument of theirs.
+_OPTIONS = [
+    name
+    for name in field_names(AdapterConfig)
+    if name not in ("task", "embed_dim", "depth", "patch_size", "in_chans")
+]
 
 
 class ViTAdapter(FeaturePyramid):
@@ -68,15 +80,20 @@ class ViTAdapter(FeaturePyramid):
                 the submodule `backbone`, unmodified.
             task: "detection" or "segmentation": where the ViT features of the output come from, see
                 `AdapterConfig`. Windows are the backbone's own business.
-            **options: other fields of `AdapterConfig`. Heads and deform_ratio follow the published
-                sizes: values of 32 channels per head in the larger models.
+            **options: other fields of `AdapterConfig`. The blocks are divided into four shares
+                (`vitadapter.config.shares`). Heads and deform_ratio follow the published sizes: up
+                to a width of 384 six heads of the whole width, or of 32 channels where six do not
+                divide it; in larger models values of half the width, 32 channels per head.
 
         Returns:
             The model in training mode; the adapter's weights are fresh.
 
         Raises:
+            TypeError: the backbone does not follow the protocol; the message says in what.
             ValueError: values are unknown, out of range or contradict each other.
         """
+        check_backbone(backbone)
+        check_options(options, _OPTIONS, "the backbone's attributes say what the ViT is")
         return WrappedAdapter(backbone, task=task, **options)
 
     @staticmethod
@@ -101,9 +118,9 @@ class ViTAdapter(FeaturePyramid):
             task: as in `around`.
             pretrained: load timm's weights.
             img_size: for models of one image size, such as BEiT; None: the size timm gives them.
-            model_args: further arguments for timm.create_model.
-            **options: other fields of `AdapterConfig`, and `components="spm+extractor"` for a ViT
-                that is not to be touched.
+            model_args: further arguments for timm.create_model, such as in_chans or embed_dim.
+            **options: as in `around`, for example `components="spm+extractor"` for a ViT that is
+                not to be touched.
 
         Returns:
             The model in training mode; the adapter's weights are fresh.
@@ -114,6 +131,7 @@ class ViTAdapter(FeaturePyramid):
         """
         from .backbones.timm import TimmViT
 
+        check_options(options, _OPTIONS, "arguments for timm.create_model go into model_args")
         backbone = TimmViT(
             name,
             pretrained=pretrained,
@@ -135,7 +153,7 @@ class ViTAdapter(FeaturePyramid):
         therefore depends on the padding, and in training mode so do the batch statistics.
 
         Args:
-            images: [B, 3, H, W], floating point, normalised as in pre-training; any H, W of at
+            images: [B, C, H, W], floating point, normalised as in pre-training; any H, W of at
                 least one patch. BEiT for segmentation serves one size.
 
         Returns:
@@ -222,7 +240,7 @@ class ViTAdapter(FeaturePyramid):
         dim = config.embed_dim
         self.config = config
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPriorModule(config.conv_inplane, dim)
+        self.spm = SpatialPriorModule(config.conv_inplane, dim, config.in_chans)
         self.interactions = build_interactions(config)
         self.up = Upsample(dim)
         self.norm1 = nn.BatchNorm2d(dim)
@@ -267,6 +285,7 @@ class UniPerceiverAdapter(UniPerceiver, ViTAdapter):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(
+            in_chans=config.in_chans,
             embed_dim=config.embed_dim,
             depth=config.depth,
             num_heads=config.num_heads,
@@ -287,19 +306,14 @@ class WrappedAdapter(ViTAdapter):
         super().__init__()
         dim = backbone.embed_dim
         ratio = options.pop("deform_ratio", 1.0 if dim <= 384 else 0.5)
-        values = {
-            "adapter_heads": 6 if dim <= 384 else max(int(dim * ratio) // 32, 1),
-            "drop_path_rate": 0.0,
-            **options,
-        }
-        config = make_config(
-            AdapterConfig,
+        config = AdapterConfig(
             task=task,
             embed_dim=dim,
             depth=backbone.depth,
             patch_size=backbone.patch_size,
+            in_chans=getattr(backbone, "in_chans", 3),
             deform_ratio=ratio,
-            **values,
+            **{"adapter_heads": _default_heads(dim, ratio), "drop_path_rate": 0.0, **options},
         )
         if config.norm_taps and getattr(backbone, "norm", None) is None:
             raise ValueError("norm_taps: expected a backbone with a final norm, got one without")
@@ -312,8 +326,22 @@ class WrappedAdapter(ViTAdapter):
         self._add_adapter(config)
 
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
-        """Tokens, grid and blocks of the backbone, see `Backbone`."""
-        return self.backbone.start(images)
+        """Tokens, grid and blocks of the backbone, see `Backbone`.
+
+        Raises:
+            ValueError: they are not what the protocol says.
+        """
+        tokens, grid, steps = self.backbone.start(images)
+        if image_tools.is_symbolic(tokens):
+            return tokens, grid, steps
+        shape = (images.shape[0], self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
+        if tokens.shape != shape or len(steps) != self.depth:
+            raise ValueError(
+                "backbone.start: expected tokens [B, P + h*w, D] and a callable for each block, "
+                f"which are {list(shape)} and {self.depth} for the grid {grid}, got "
+                f"{list(tokens.shape)} and {len(steps)}"
+            )
+        return tokens, grid, steps
 
     def _tap_norm(self) -> Step | None:
         backbone: Any = self.backbone
@@ -323,6 +351,7 @@ class WrappedAdapter(ViTAdapter):
 def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:
     """Arguments for `PlainViT`."""
     return {
+        "in_chans": config.in_chans,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
@@ -339,6 +368,7 @@ def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:
 def beit_arguments(config: ModelConfig) -> dict[str, Any]:
     """Arguments for `BEiT`."""
     return {
+        "in_chans": config.in_chans,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
@@ -350,20 +380,20 @@ def beit_arguments(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def make_config(kind: Any, **values: Any) -> Any:
-    """Builds a configuration from values, of which the names may be wrong.
+def _default_heads(dim: int, ratio: float) -> int:
+    """Heads of an adapter around a ViT of width `dim`, of which values have `ratio`."""
+    if dim <= 384 and dim % 6 == 0:
+        return 6
+    value_width = int(dim * ratio)
+    common = math.gcd(dim, value_width)
+    divisors = [heads for heads in range(1, common + 1) if common % heads == 0]
 
-    Raises:
-        ValueError: a name is no field; the message lists the fields. Or as the configuration does.
-    """
-    valid = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(values.keys() - valid)
-    if unknown:
-        raise ValueError(
-            f"overrides: expected fields of the configuration ({', '.join(sorted(valid))}), "
-            f"got {', '.join(unknown)}"
-        )
-    return kind(**values)
+    def suits(heads: int) -> tuple[int, int]:
+        # Kernels read multiples of 8 channels fastest, then of 4; 32 are the published number.
+        channels = value_width // heads
+        return math.gcd(channels, 8), -abs(channels - 32)
+
+    return max(divisors, key=suits)
 
 
 def build_interactions(config: AdapterConfig) -> nn.ModuleList:

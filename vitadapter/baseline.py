@@ -109,7 +109,7 @@ class ViTBaseline(FeaturePyramid):
         self.config = config
         self.interactions: nn.ModuleList | None = None
         if config.ranges:
-            self.spm = SpatialPriorModule(config.conv_inplane, config.embed_dim)
+            self.spm = SpatialPriorModule(config.conv_inplane, config.embed_dim, config.in_chans)
             init_adapter(self.spm)
         if config.ranges and config.components == "spm+injector":
             self.level_embed = nn.Parameter(torch.zeros(3, config.embed_dim))

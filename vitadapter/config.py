@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from .layers.attention import ATTENTIONS
 
@@ -20,7 +22,7 @@ FEATURE_RULES = ("new", "old")
 _POSITIVE = (
     *("embed_dim", "depth", "num_heads", "adapter_heads", "pretrain_size", "patch_size"),
     *("n_points", "window_size", "conv_inplane", "deform_ratio", "mlp_ratio", "cffn_ratio"),
-    *("norm_eps",),
+    *("norm_eps", "in_chans"),
 )
 
 
@@ -37,11 +39,13 @@ class AdapterConfig:
         drop_path_rate: stochastic depth: rises linearly to this value over the ViT blocks, and
             applies in full to the ConvFFN of every extractor.
         patch_size: side of the ViT's patches in pixels.
+        in_chans: channels of the images.
         attention: the adapter's attention: "deformable", "dense", "cswin" or "pale".
         components: "full", or a part of it: "spm+extractor" has no injectors; "spm+injector" and
             "spm" (paper table 6) have no extractors, see `ViTBaseline`.
-        num_interactions: equal shares into which the ViT blocks are divided; 0: a plain ViT.
-        interaction_indexes: first and last block of each interaction, where shares are not equal.
+        num_interactions: shares into which the ViT blocks are divided, see `shares`; 0: a plain
+            ViT.
+        interaction_indexes: first and last block of each interaction, where shares are others.
         n_points: sampling points per head and level (deformable attention only).
         deform_ratio: value width relative to embed_dim (deformable attention only).
         naive_attention: form the whole attention matrix explicitly (dense attention only).
@@ -70,6 +74,7 @@ class AdapterConfig:
     adapter_heads: int
     drop_path_rate: float
     patch_size: int = PATCH_SIZE
+    in_chans: int = 3
     attention: str = "deformable"
     components: str = "full"
     num_interactions: int = NUM_MAPS
@@ -100,28 +105,31 @@ class AdapterConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
-        for name in ("num_heads", "adapter_heads"):
-            heads = getattr(self, name, 1)
-            if self.embed_dim % heads:
-                raise ValueError(
-                    f"{name}: expected a divisor of embed_dim = {self.embed_dim}, got {heads}"
-                )
         if self.naive_attention and self.attention != "dense":
             raise ValueError(
                 'naive_attention: expected attention="dense" beside it, '
                 f'got attention="{self.attention}"'
             )
         self._check_interactions()
+        if self.ranges and self.components != "spm":  # there are injectors or extractors
+            self._check_heads()
+
+    def _check_heads(self) -> None:
+        heads, widths = self.adapter_heads, f"embed_dim = {self.embed_dim}"
+        value_width = self.embed_dim
+        if self.attention == "deformable":
+            value_width = int(self.deform_ratio * self.embed_dim)
+            widths += f" and of int(deform_ratio * embed_dim) = {value_width}"
+        if self.embed_dim % heads or value_width % heads or not value_width:
+            raise ValueError(f"adapter_heads: expected a divisor of {widths}, got {heads}")
 
     def _check_interactions(self) -> None:
         if self.interaction_indexes is not None:
             self._check_indexes(self.interaction_indexes)
-        elif self.num_interactions < 0 or (
-            self.num_interactions and self.depth % self.num_interactions
-        ):
+        elif not 0 <= self.num_interactions <= self.depth:
             raise ValueError(
-                f"num_interactions: expected 0 or a divisor of depth = {self.depth}, "
-                f"got {self.num_interactions}"
+                f"num_interactions: expected at most one for each of the {self.depth} blocks "
+                f"(depth), got {self.num_interactions}"
             )
         if self.is_adapter and self.add_vit_feature and self.takes_each_interaction:
             number = len(self.ranges)
@@ -156,10 +164,7 @@ class AdapterConfig:
         """The ViT blocks of each interaction."""
         if self.interaction_indexes is not None:
             return [range(first, last + 1) for first, last in self.interaction_indexes]
-        if self.num_interactions == 0:
-            return []
-        step = self.depth // self.num_interactions
-        return [range(first, first + step) for first in range(0, self.depth, step)]
+        return shares(self.depth, self.num_interactions)
 
     @property
     def takes_each_interaction(self) -> bool:
@@ -199,6 +204,11 @@ class ModelConfig(AdapterConfig):
     def __post_init__(self) -> None:
         one_of("family", self.family, FAMILIES)
         super().__post_init__()
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim = {self.embed_dim}, "
+                f"got {self.num_heads}"
+            )
         if self.pretrain_size % self.patch_size:
             raise ValueError(
                 f"pretrain_size: expected a multiple of the patch size {self.patch_size}, "
@@ -243,6 +253,15 @@ class ModelConfig(AdapterConfig):
                 f"segmentation serves a single one), got {self.img_size}"
             )
 
+    def _check_interactions(self) -> None:
+        equal = self.interaction_indexes is None and self.num_interactions > 0
+        if equal and self.depth % self.num_interactions:
+            raise ValueError(
+                f"num_interactions: expected 0 or a divisor of depth = {self.depth}, "
+                f"got {self.num_interactions}"
+            )
+        super()._check_interactions()
+
     @property
     def serves_one_size(self) -> bool:
         """Whether the model takes images of img_size only."""
@@ -279,7 +298,33 @@ class ModelConfig(AdapterConfig):
         ]
 
 
+def shares(depth: int, number: int) -> list[range]:
+    """Divides `depth` blocks into `number` shares, one after the other.
+
+    They are equal where the depth can be divided so. Else some have one block more than others,
+    among them the last, as evenly spread as possible: 18 = 4 + 5 + 4 + 5, 27 = 6 + 7 + 7 + 7.
+    """
+    ends = [depth * index // number for index in range(1, number + 1)]
+    return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+
 def one_of(name: str, value: str, valid: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `valid`."""
     if value not in valid:
         raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
+
+
+def field_names(kind: type[AdapterConfig]) -> list[str]:
+    """Names of all values of a configuration."""
+    return [field.name for field in fields(kind)]
+
+
+def check_options(options: dict[str, Any], valid: Collection[str], advice: str = "") -> None:
+    """Raises ValueError, beginning with its name, for an option that is not among `valid`."""
+    for name in options:
+        if name in valid:
+            continue
+        hints = [f"did you mean {near}?" for near in difflib.get_close_matches(name, valid, n=1)]
+        names = ", ".join(sorted(valid))
+        text = f"{name}: expected one of the options {names}, got {name}={options[name]!r}"
+        raise ValueError("; ".join(filter(None, (text, *hints, advice))))

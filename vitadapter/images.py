@@ -13,24 +13,29 @@ from vitadapter_ops import _checks
 from vitadapter_ops.linear import is_plain_tensor
 
 
-def check(images: Tensor, patch_size: int, layer: nn.Module | None = None) -> None:
+def check(
+    images: Tensor, patch_size: int, layer: nn.Module | None = None, in_chans: int = 3
+) -> None:
     """Checks what a model is called with.
 
     Args:
         images: as given.
         patch_size: side of a patch in pixels.
         layer: the model's convolution of the images, which no hook is called before.
+        in_chans: channels C of the images.
 
     Raises:
         TypeError: images is no tensor.
-        ValueError: it is not [B, 3, H, W], dense, floating point and at least one patch; or a plain
+        ValueError: it is not [B, C, H, W], dense, floating point and at least one patch; or a plain
             layer's weight has another dtype, outside autocast, or is on another device.
     """
     _checks.is_tensor("images", images)
     if images.dim() != 4:
-        raise ValueError(f"images: expected [B, 3, H, W], got shape {list(images.shape)}")
-    if images.shape[1] != 3:
-        raise ValueError(f"images: expected 3 channels in [B, 3, H, W], got {images.shape[1]}")
+        raise ValueError(f"images: expected [B, {in_chans}, H, W], got shape {list(images.shape)}")
+    if images.shape[1] != in_chans:
+        raise ValueError(
+            f"images: expected {in_chans} channels in [B, {in_chans}, H, W], got {images.shape[1]}"
+        )
     if not images.is_floating_point():
         raise ValueError(f"images: expected a floating-point dtype, got {images.dtype}")
     if images.shape[2] < patch_size or images.shape[3] < patch_size:

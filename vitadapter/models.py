@@ -6,16 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .adapter import (
-    BEiTAdapter,
-    PlainViTAdapter,
-    UniPerceiverAdapter,
-    ViTAdapter,
-    make_config,
-)
+from .adapter import BEiTAdapter, PlainViTAdapter, UniPerceiverAdapter, ViTAdapter
 from .baseline import BEiTBaseline, PlainViTBaseline, ViTBaseline
 from .checkpoints import load_checkpoint
-from .config import ModelConfig
+from .config import NUM_MAPS, ModelConfig, check_options, field_names, shares
 
 # Paper, appendix A.1 and table 10. Large is pre-trained at 384 pixels (AugReg), the others at 224.
 _SIZES: dict[str, dict[str, Any]] = {
@@ -78,18 +72,22 @@ def dinov3_options(depth: int) -> dict[str, Any]:
         ViTAdapter.from_timm("vit_large_patch16_dinov3", task="segmentation", **dinov3_options(24))
 
     No injectors, a frozen ViT, and its tokens after four blocks, normalised: the published ones for
-    depths 24 and 40, else the last of each quarter.
+    depths 24 and 40, else the last of each quarter (`vitadapter.config.shares`).
 
     Args:
         depth: blocks of the ViT.
+
+    Raises:
+        ValueError: there are fewer than four blocks.
     """
-    last = {24: (4, 11, 17, 23)}.get(depth) or [
-        depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)
-    ]
-    first = [0, *(index + 1 for index in last[:-1])]
+    if depth < NUM_MAPS:
+        raise ValueError(f"depth: expected {NUM_MAPS} blocks or more, got {depth}")
+    blocks = [(share.start, share.stop - 1) for share in shares(depth, NUM_MAPS)]
+    if depth == 24:
+        blocks = [(0, 4), (5, 11), (12, 17), (18, 23)]
     return {
         "components": "spm+extractor",
-        "interaction_indexes": list(zip(first, last, strict=True)),
+        "interaction_indexes": blocks,
         "feature_rule": "old",
         "norm_taps": True,
         "adapter_heads": 16,
@@ -148,8 +146,8 @@ def create_model(
     for key, value in (("num_interactions", num_interactions), ("pretrain_size", pretrain_size)):
         if value is not None:
             values[key] = value
-    config = make_config(
-        ModelConfig,
+    check_options(overrides, field_names(ModelConfig))
+    config = ModelConfig(
         task=task,
         attention=attention,
         components=components,

@@ -41,7 +41,7 @@ class FeaturePyramid(nn.Module):
 
     def _check(self, images: Tensor) -> Tensor:
         """The images, which `forward` takes."""
-        image_tools.check(images, self.patch_size, self._first_layer())
+        image_tools.check(images, self.patch_size, self._first_layer(), self.config.in_chans)
         warn_if_slow_autocast(images)
         if torch._C._get_tracing_state() and any(
             isinstance(module, DeformableAttention) for module in self.modules()

@@ -116,6 +116,14 @@ def test_interactions_may_have_unequal_shares(build):
     assert len(model(torch.randn(2, 3, 32, 32))) == 4
 
 
+def test_a_plain_vit_needs_no_adapter_heads_that_divide_its_width():
+    sizes = {"embed_dim": 64, "num_heads": 2, "pretrain_size": 64}
+    model = vitadapter.create_model("vit_tiny", task="detection", depth=4, **sizes)
+    assert len(model(torch.randn(1, 3, 64, 64))) == 4
+    with pytest.raises(ValueError, match="adapter_heads: expected a divisor of embed_dim = 64"):
+        vitadapter.create_model("vit_adapter_tiny", task="detection", depth=4, **sizes)
+
+
 def test_naive_attention_gives_the_same_maps(build):
     fused = build(attention="dense").double().eval()
     naive = build(attention="dense", naive_attention=True).double().eval()
@@ -138,7 +146,8 @@ def test_detection_takes_any_divisor_of_the_depth(build, num_interactions):
     [
         ({"attention": "global"}, "attention: expected one of deformable, dense, cswin, pale"),
         ({"task": "depth"}, "task: expected one of detection, segmentation, got 'depth'"),
-        ({"colour": 1}, "overrides: .*cffn_ratio.*with_cp.*got colour"),
+        ({"colour": 1}, "^colour: expected one of .*cffn_ratio.*with_cp, got colour=1$"),
+        ({"drop_path": 0.1}, "^drop_path: .*got drop_path=0.1; did you mean drop_path_rate?"),
         ({"num_interactions": 3}, "num_interactions: expected 0 or a divisor of depth = 4, got 3"),
         ({"num_interactions": 2}, "num_interactions: expected 4 for segmentation.*got 2"),
         ({"naive_attention": True}, 'naive_attention: expected attention="dense".*"deformable"'),
@@ -154,6 +163,15 @@ def test_detection_takes_any_divisor_of_the_depth(build, num_interactions):
         ),
         ({"img_size": 512}, "img_size: expected None, .*any size.*got 512"),
         ({"n_points": 0}, "n_points: expected a positive number, got 0"),
+        ({"in_chans": 0}, "in_chans: expected a positive number, got 0"),
+        (
+            {"adapter_heads": 5},
+            "adapter_heads: expected a divisor of embed_dim = 48 and of .*got 5",
+        ),
+        ({"deform_ratio": 0.3}, r"adapter_heads: .* int\(deform_ratio \* embed_dim\) = 14, got 6"),
+        ({"adapter_heads": 5, "attention": "dense"}, "of embed_dim = 48, got 5"),
+        ({"num_interactions": 5}, "num_interactions: expected 0 or a divisor of depth = 4, got 5"),
+        ({"num_interactions": -1}, "num_interactions: expected at most one .* 4 blocks.*got -1"),
         ({"task": "detection", "depth": 6, "num_interactions": 2}, "depth: expected a multiple"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

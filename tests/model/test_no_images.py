@@ -20,7 +20,7 @@ from vitadapter.layers.attention import ATTENTIONS
 MODELS = [(family, {}) for family in FAMILIES]
 MODELS += [("plain", {"attention": attention}) for attention in list(ATTENTIONS)[1:]]
 TIMM = ["deit_tiny_patch16_224", "beit_base_patch16_224", "vit_small_patch14_reg4_dinov2"]
-TIMM += ["vit_small_patch16_dinov3"]
+TIMM += ["vit_small_patch16_dinov3", "vit_relpos_base_patch16_cls_224"]
 
 
 def _check(model, side: int, training: bool) -> None:

@@ -31,7 +31,12 @@ MODELS = {
     "vit_small_patch16_dinov3": {"depth": 4},  # rotary positions, four registers
     "eva02_tiny_patch14_224": {"depth": 4},  # rotary and learned positions, SwiGLU
     "vit_tiny_patch16_224": {"depth": 4, "patch_size": 8},
+    "vit_base_patch16_rope_mixed_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "vit_relpos_base_patch16_cls_224": {"depth": 4, "embed_dim": 96, "num_heads": 3},
+    "vit_srelpos_small_patch16_224": {"depth": 4},  # one bias for all blocks, no class token
 }
+# Of one image size.
+RELATIVE = ("beit", "vit_relpos", "vit_srelpos")
 
 
 @pytest.fixture
@@ -71,7 +76,10 @@ def test_tokens_are_bitwise_those_of_timm_while_gammas_are_zero(timm, name):
     maps, outputs = _tokens_after_each_block(model, images)
     with torch.no_grad():
         expected = vit.forward_intermediates(
-            images, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+            images,
+            output_fmt="NLC",
+            intermediates_only=True,
+            return_prefix_tokens=vit.num_prefix_tokens > 0,
         )
     assert len(outputs) == len(expected) == model.depth
     for got, want in zip(outputs, expected, strict=True):
@@ -97,7 +105,7 @@ def test_timms_state_dict_stays_loadable(timm, name):
     assert vitadapter.load_checkpoint(_build(name), own_file, strict=True).missing == ()
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("beit")])
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(RELATIVE)])
 @pytest.mark.parametrize("size", [(64, 96), (70, 101)], ids=str)
 def test_any_image_size_gives_maps_with_strides_4_to_32(timm, name, size):
     model = _build(name)
@@ -141,12 +149,12 @@ def test_the_final_norm_learns_where_it_is_used(timm):
         assert (norm.weight.grad is not None) == norm_taps
 
 
-def test_model_of_one_image_size_takes_another_when_told(timm):
-    name = "beit_base_patch16_224"
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(RELATIVE)])
+def test_model_of_one_image_size_takes_another_when_told(timm, name):
     model = _build(name, img_size=64)
     with torch.no_grad():
         assert model(torch.randn(1, 3, 64, 64))[1].shape[2:] == (8, 8)
-        with pytest.raises(ValueError, match=r"images: expected 64x64 .*img_size.*got 64x96"):
+        with pytest.raises(ValueError, match=r"images: expected 64x64 .*img_size.*got 64x96$"):
             model(torch.randn(1, 3, 64, 96))
 
 
@@ -157,9 +165,79 @@ def test_a_model_that_timm_made_can_be_passed(timm):
     assert model.config.adapter_heads == 6
 
 
-def test_pretrained_models_of_other_kinds_are_refused(timm):
-    with pytest.raises(ValueError, match=r"name: expected a plain vision .*got ResNet"):
-        ViTAdapter.from_timm("resnet18", task="detection")
+def test_a_model_that_timm_made_for_one_size_says_how_to_make_it_for_all(timm):
+    vit = timm.create_model("deit_tiny_patch16_224", depth=4, img_size=64)
+    model = ViTAdapter.from_timm(vit, task="detection", conv_inplane=8)
+    assert len(model(torch.randn(2, 3, 64, 64))) == 4
+    text = r"images: expected 64x64 .*got 64x96; .*dynamic_img_size=True"
+    with pytest.raises(ValueError, match=text):
+        model(torch.randn(2, 3, 64, 96))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"pretrained": True}, {"img_size": 64}, {"model_args": {"depth": 4}}], ids=str
+)
+def test_a_model_that_timm_made_is_made_with_no_further_arguments(timm, arguments):
+    vit = timm.create_model("deit_tiny_patch16_224", depth=4)
+    with pytest.raises(ValueError, match=rf"^{next(iter(arguments))}: expected to be left out"):
+        ViTAdapter.from_timm(vit, task="detection", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("resnet18", "ResNet"), ("swin_tiny_patch4_window7_224", "SwinTransformer")),
+        *(("naflexvit_base_patch16_gap", "NaFlexVit"), ("convit_tiny", "ConVit")),
+        ("samvit_base_patch16", "VisionTransformerSAM"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(timm, name, kind):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=rf"name: expected a plain vision .*got {kind}$"),
+    ):
+        ViTAdapter.from_timm(name, task="detection")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_r_s16_p8_224", "vit_base_r50_s16_224", "vit_base_mci_224", "vitamin_small_224"],
+)
+def test_stems_of_several_convolutions_are_refused(timm, name):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"name: .*one convolution.*VisionTransformer.*HybridEmbed"),
+    ):
+        ViTAdapter.from_timm(name, task="detection")
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused(timm):
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Same(VisionTransformer):
+        pass
+
+    class Prompted(VisionTransformer):
+        def forward_features(self, x):
+            return super().forward_features(x)
+
+    sizes = {"embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0, "img_size": 64}
+    model = ViTAdapter.from_timm(Same(**sizes), task="detection", conv_inplane=8)
+    assert len(model(torch.randn(2, 3, 64, 64))) == 4
+    with pytest.raises(ValueError, match=r"name: expected a plain vision .*got Prompted$"):
+        ViTAdapter.from_timm(Prompted(**sizes), task="detection")
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_patches_that_are_dropped_or_lie_over_each_other_are_refused(timm, name):
+    text = r"^patch_drop_rate: expected 0, .* got 0.25"
+    with torch.device("meta"), pytest.raises(ValueError, match=text):
+        ViTAdapter.from_timm(name, task="detection", model_args={"patch_drop_rate": 0.25})
+    with torch.device("meta"):
+        vit = timm.create_model(name)
+    vit.patch_embed.proj.stride = (8, 8)
+    with pytest.raises(ValueError, match=r"patches of 16x16 pixels side by side.*stride \(8, 8\)"):
+        ViTAdapter.from_timm(vit, task="detection")
 
 
 def test_defaults_follow_the_published_sizes(timm):
@@ -168,8 +246,73 @@ def test_defaults_follow_the_published_sizes(timm):
         large = ViTAdapter.from_timm("vit_large_patch16_224", task="detection")
     assert (base.config.adapter_heads, base.config.deform_ratio) == (12, 0.5)
     assert (large.config.adapter_heads, large.config.deform_ratio) == (16, 0.5)
-    with pytest.raises(ValueError, match=r"overrides: expected fields .*conv_inplane.*got colour"):
-        ViTAdapter.from_timm("deit_tiny_patch16_224", task="detection", colour=1)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "channels"),
+    [
+        *((64, 2, 32), (192, 6, 32), (256, 8, 32), (320, 10, 32), (384, 6, 64), (512, 8, 32)),
+        *((768, 12, 32), (832, 13, 32), (1024, 16, 32), (1152, 18, 32), (4096, 64, 32)),
+        # Not in timm: 32 channels do not come out, but a multiple of 8 or 4 near it does.
+        *((96, 6, 16), (400, 5, 40), (480, 6, 40), (100, 5, 20), (37, 1, 37)),
+    ],
+)
+def test_heads_fit_the_width(width, heads, channels):
+    backbone = _Ramp(16)
+    backbone.embed_dim = width
+    with torch.device("meta"):
+        model = ViTAdapter.around(backbone, task="detection", conv_inplane=8)
+    assert model.config.adapter_heads == heads
+    assert model.interactions[0].extractor.attn.value_proj.out_features == heads * channels
+
+
+@pytest.mark.parametrize(
+    ("depth", "lengths"),
+    [
+        *((4, [1] * 4), (6, [1, 2, 1, 2]), (12, [3] * 4), (18, [4, 5, 4, 5])),
+        *((27, [6, 7, 7, 7]), (50, [12, 13, 12, 13]), (23, [5, 6, 6, 6])),
+    ],
+)
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_quarters_of_any_depth_are_nearly_equal(task, depth, lengths):
+    backbone = _Ramp(16)
+    backbone.depth = depth
+    model = ViTAdapter.around(backbone, task=task, conv_inplane=8)
+    assert [len(blocks) for blocks in model.config.ranges] == lengths
+    assert [index for blocks in model.config.ranges for index in blocks] == list(range(depth))
+    assert len(model(torch.randn(2, 3, 64, 64))) == 4
+    options = vitadapter.dinov3_options(depth)
+    pairs = options["interaction_indexes"]
+    assert [last - first + 1 for first, last in pairs] == lengths
+    assert (pairs[0][0], pairs[-1][1]) == (0, depth - 1)
+
+
+def test_shares_may_be_any_number_up_to_the_depth():
+    for number in (1, 3, 4):
+        model = ViTAdapter.around(
+            _Ramp(16), task="detection", conv_inplane=8, num_interactions=number
+        )
+        assert len(model.interactions) == number
+    with pytest.raises(
+        ValueError, match=r"num_interactions: expected at most one.* 4 blocks.*got 5"
+    ):
+        ViTAdapter.around(_Ramp(16), task="detection", num_interactions=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("embed_dim", 96), ("depth", 4), ("num_heads", 3), ("patch_size", 8)),
+        *(("num_classes", 10), ("in_chans", 1), ("colour", 1)),
+    ],
+)
+def test_options_that_are_not_the_adapters_are_named_first(timm, name, value):
+    text = rf"^{name}: expected one of .*conv_inplane.*got {name}={value}.*; .*go into model_args"
+    with pytest.raises(ValueError, match=text):
+        ViTAdapter.from_timm("deit_tiny_patch16_224", task="detection", **{name: value})
+    text = rf"^{name}: expected one of .*conv_inplane.*got {name}={value}.*backbone's attributes"
+    with pytest.raises(ValueError, match=text):
+        ViTAdapter.around(_Ramp(16), task="detection", **{name: value})
 
 
 class _Ramp(nn.Module):
@@ -189,6 +332,67 @@ class _Ramp(nn.Module):
         tokens = torch.cat((y, x), -1).view(1, h * w, 12).expand(batch, -1, -1)
         tokens = torch.cat((tokens.new_zeros(batch, 1, 12), tokens), dim=1)
         return tokens, (h, w), [lambda t: t] * self.depth
+
+
+def test_what_a_users_backbone_lacks_is_named():
+    backbone = nn.Module()
+    backbone.embed_dim = 12
+    missing = "got Module without depth, patch_size, num_prefix_tokens, start; .*from_timm"
+    with pytest.raises(TypeError, match=f"backbone: .*{missing}"):
+        ViTAdapter.around(backbone, task="detection")
+    for value in ("vit_base_patch16_224", None, object()):
+        with pytest.raises(TypeError, match=r"backbone: expected a torch.nn.Module, got .*names"):
+            ViTAdapter.around(value, task="detection")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("embed_dim", 12.0, TypeError, "expected an integer, got 12.0"),
+        ("depth", lambda: 4, TypeError, "expected an integer, got <function"),
+        ("depth", 0, ValueError, "expected 1 or more, got 0"),
+        ("patch_size", (16, 16), TypeError, r"expected an integer, got \(16, 16\)"),
+        ("num_prefix_tokens", -1, ValueError, "expected 0 or more, got -1"),
+        ("num_prefix_tokens", None, TypeError, "expected an integer, got None"),
+        ("in_chans", 0, ValueError, "expected 1 or more, got 0"),
+        ("start", None, TypeError, "expected a method, got None"),
+    ],
+)
+def test_attributes_of_a_users_backbone_are_checked(name, value, error, text):
+    backbone = _Ramp(16)
+    setattr(backbone, name, value)
+    with pytest.raises(error, match=rf"^backbone\.{name}: {text}"):
+        ViTAdapter.around(backbone, task="detection")
+
+
+@pytest.mark.parametrize("name", ["embed_dim", "depth", "num_prefix_tokens"])
+def test_tokens_of_a_users_backbone_are_checked(name):
+    backbone = _Ramp(16)
+    setattr(backbone, name, getattr(backbone, name) + 6)
+    model = ViTAdapter.around(backbone, task="detection", conv_inplane=8)
+    delattr(backbone, name)
+    text = r"backbone.start: expected tokens .*grid \(4, 6\), got \[2, 25, 12\] and 4"
+    with pytest.raises(ValueError, match=text):
+        model(torch.randn(2, 3, 64, 96))
+
+
+def test_a_model_of_timm_is_sent_to_from_timm(timm):
+    with torch.device("meta"):
+        vit = timm.create_model("deit_tiny_patch16_224")
+    text = r"got VisionTransformer without depth, patch_size, start; ViTAdapter.from_timm takes"
+    with pytest.raises(TypeError, match=text):
+        ViTAdapter.around(vit, task="detection")
+
+
+def test_models_of_other_libraries_are_sent_to_from_timm():
+    transformers = require_integration("transformers")
+    with torch.device("meta"):
+        vit = transformers.Dinov2Model(transformers.Dinov2Config(num_hidden_layers=1))
+    text = (
+        r"got Dinov2Model without embed_dim, depth, .*start; .*from_timm\(\"vit_base_patch14_dinov2"
+    )
+    with pytest.raises(TypeError, match=text):
+        ViTAdapter.around(vit, task="detection")
 
 
 @pytest.mark.parametrize("patch_size", [8, 14, 16, 20, 32])
@@ -296,6 +500,8 @@ def test_dinov3_variant_taps_the_published_blocks(depth, last):
     assert [pair[1] for pair in options["interaction_indexes"]] == last
     assert options["components"] == "spm+extractor"
     assert (options["adapter_heads"], options["deform_ratio"]) == (16, 0.5)
+    with pytest.raises(ValueError, match="depth: expected 4 blocks or more, got 3"):
+        vitadapter.dinov3_options(3)
 
 
 def test_norm_that_is_not_there_is_asked_for_by_name(build):

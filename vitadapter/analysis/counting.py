@@ -47,18 +47,19 @@ class Cost:
 
 
 def count(model: nn.Module, image_size: tuple[int, int]) -> Cost:
-    """Counts a backbone on one image [1, 3, H, W], in inference.
+    """Counts a backbone on one image [1, in_chans, H, W], in inference.
 
     Nothing is computed and no weight is copied: the pass runs on the meta device.
 
     Args:
-        model: any module that takes a batch of images.
+        model: any module that takes a batch of images, of 3 channels where it has no config.
         image_size: (H, W) in pixels.
 
     Raises:
         NotImplementedError: the model runs an operator whose cost is not known.
     """
-    return _count(model, torch.empty(1, 3, *image_size, device="meta"))
+    in_chans = getattr(getattr(model, "config", None), "in_chans", 3)
+    return _count(model, torch.empty(1, in_chans, *image_size, device="meta"))
 
 
 def _count(module: nn.Module, inputs: Any) -> Cost:

@@ -142,6 +142,7 @@ class BEiT(nn.Module):
         window_sizes: side of each block's windows in tokens; None: global attention with a class
             token, for images of exactly img_size.
         img_size: side of the image in pixels; used without windows only.
+        in_chans: channels of the images.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class BEiT(nn.Module):
         drop_path_rate: float,
         window_sizes: Sequence[int] | None,
         img_size: int,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -162,7 +164,7 @@ class BEiT(nn.Module):
         self.patch_size = patch_size
         self.img_size = None if window_sizes else img_size
         self.num_prefix_tokens = 0 if window_sizes else 1
-        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.patch_embed = PatchEmbed(embed_dim, patch_size, in_chans)
         if window_sizes is None:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             nn.init.trunc_normal_(self.cls_token, std=0.02)

@@ -22,12 +22,12 @@ LAYER_NORM_EPS = 1e-6
 class PatchEmbed(nn.Module):
     """Cuts the image into square patches and projects each to a token."""
 
-    def __init__(self, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int, in_chans: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps [B, 3, H, W] to a grid of tokens [B, D, H / patch, W / patch]."""
+        """Maps [B, in_chans, H, W] to a grid of tokens [B, D, H / patch, W / patch]."""
         return self.proj(images)
 
 
@@ -136,6 +136,7 @@ class PlainViT(nn.Module):
         layer_scale: as in `Block`.
         window_size: side of the windows, in tokens, of the blocks that are not global.
         global_blocks: indices of the blocks with global attention.
+        in_chans: channels of the images.
     """
 
     num_prefix_tokens = 0
@@ -153,13 +154,14 @@ class PlainViT(nn.Module):
         layer_scale: bool,
         window_size: int,
         global_blocks: Collection[int],
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.depth = depth
         self.patch_size = patch_size
         self.pretrain_grid = pretrain_size // patch_size
-        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.patch_embed = PatchEmbed(embed_dim, patch_size, in_chans)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.pretrain_grid**2 + 1, embed_dim))
         self.blocks = nn.ModuleList(
             Block(
@@ -188,7 +190,7 @@ class PlainViT(nn.Module):
         """Embeds patches and positions.
 
         Args:
-            images: [B, 3, H, W], H and W multiples of the patch size.
+            images: [B, in_chans, H, W], H and W multiples of the patch size.
 
         Returns:
             Tokens [B, h*w, D] and the grid (h, w).

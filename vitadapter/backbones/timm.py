@@ -20,9 +20,9 @@ from .protocol import Grid, Step
 class TimmViT(nn.Module):
     """A plain vision transformer of timm as a `Backbone`.
 
-    The parts of the model's own forward are called in its order: patches, positions and prefix
-    tokens, patch dropout and norm where it has them, then block after block. Class and register
-    tokens, relative and rotary positions are its own business.
+    The parts of the model's own `forward_features` are called in its order: patches, positions and
+    prefix tokens, a norm where it has one, then block after block. Class and register tokens,
+    relative and rotary positions are its own business.
 
     Args:
         model: name or model.
@@ -33,10 +33,12 @@ class TimmViT(nn.Module):
 
     Attributes:
         model: timm's model.
+        in_chans: channels of the images.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: the model is not a plain vision transformer.
+        ValueError: the model is not a plain vision transformer, or drops patches; or it is made
+            already, and there are arguments to make it with.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TimmViT(nn.Module):
         self.embed_dim = self.model.embed_dim
         self.depth = len(self.model.blocks)
         self.patch_size = self.model.patch_embed.patch_size[0]
+        self.in_chans = self.model.patch_embed.proj.weight.shape[1]
         self.num_prefix_tokens = self.model.num_prefix_tokens
 
     @property
@@ -100,14 +103,21 @@ class TimmViT(nn.Module):
         height, width = images.shape[2:]
         embed = model.patch_embed
         if embed.strict_img_size and (height, width) != tuple(embed.img_size):
+            advice = "; timm makes it for all with dynamic_img_size=True"
             raise ValueError(
                 f"images: expected {embed.img_size[0]}x{embed.img_size[1]} pixels, the one size "
                 f"that this timm model serves (img_size), got {height}x{width}"
+                f"{advice if hasattr(model, 'dynamic_img_size') else ''}"
             )
         if embed.strict_img_size:
             images = of_traced_size(images)
         shape = (height // self.patch_size, width // self.patch_size)
         x = embed(images)
+        if hasattr(model, "shared_rel_pos"):  # VisionTransformerRelPos
+            if model.cls_token is not None:
+                x = with_class_token(model.cls_token, x)
+            bias = model.shared_rel_pos.get_bias() if model.shared_rel_pos is not None else None
+            return x, shape, [partial(block, shared_rel_pos=bias) for block in model.blocks]
         if not hasattr(model, "_pos_embed"):  # BEiT, whose positions live in its blocks
             x = with_class_token(model.cls_token, x)
             if model.pos_embed is not None:
@@ -146,30 +156,69 @@ def _create(
 ) -> Any:
     try:
         import timm
-        from timm.models.beit import Beit
-        from timm.models.eva import Eva
-        from timm.models.vision_transformer import VisionTransformer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "ViTAdapter.from_timm needs timm: pip install 'vitadapter[models]'"
         ) from error
-    if isinstance(model, str):
-        arguments = {"num_classes": 0, **model_args}
-        if img_size is not None:
-            arguments["img_size"] = img_size
-        try:
-            # The images are padded already. But timm's check of that writes their size into a
-            # message, which makes it a constant for torch.compile; padding by nothing does not.
-            dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
-            model = timm.create_model(model, pretrained=pretrained, **{**dynamic, **arguments})
-        except TypeError:  # a model of one image size
-            model = timm.create_model(model, pretrained=pretrained, **arguments)
-    if not isinstance(model, VisionTransformer | Eva | Beit):
+    if not isinstance(model, str):
+        making = {"pretrained": pretrained, "img_size": img_size, "model_args": model_args}
+        for name, value in making.items():
+            if value:
+                raise ValueError(
+                    f"{name}: expected to be left out with a model that timm has made already, "
+                    f"got {value!r}; give it to timm.create_model"
+                )
+        _check_plain(model)
+        return model
+    arguments = {"num_classes": 0, **model_args}
+    if img_size is not None:
+        arguments["img_size"] = img_size
+    try:
+        # The images are padded already. But timm's check of that writes their size into a
+        # message, which makes it a constant for torch.compile; padding by nothing does not.
+        dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        model = timm.create_model(model, pretrained=pretrained, **{**dynamic, **arguments})
+    except TypeError:  # a model of one image size
+        model = timm.create_model(model, pretrained=pretrained, **arguments)
+    _check_plain(model)
+    return model
+
+
+def _check_plain(model: Any) -> None:
+    """Raises ValueError unless `TimmViT.start` runs what the model does, patch for patch."""
+    from timm.layers import PatchEmbed
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+
+    kind = type(model)
+    kinds = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
+    # A subclass with a forward of its own does something else.
+    if getattr(kind, "forward_features", None) not in [each.forward_features for each in kinds]:
+        names = ", ".join(each.__name__ for each in kinds)
         raise ValueError(
-            "name: expected a plain vision transformer of timm (VisionTransformer, Eva or Beit), "
-            f"got {type(model).__name__}"
+            "name: expected a plain vision transformer of timm (one with the forward_features of "
+            f"{names}), got {kind.__name__}"
         )
-    rows, columns = model.patch_embed.patch_size
+    embed = model.patch_embed
+    if type(embed).forward is not PatchEmbed.forward:
+        raise ValueError(
+            "name: expected a plain vision transformer, whose patches one convolution embeds "
+            f"(timm's PatchEmbed), got {kind.__name__} with the stem {type(embed).__name__}"
+        )
+    rows, columns = embed.patch_size
     if rows != columns:
         raise ValueError(f"name: expected square patches, got {rows}x{columns} pixels")
-    return model
+    # Whoever wants more tokens changes the stride; positions and patch_size know nothing of it.
+    stride = tuple(getattr(embed.proj, "stride", embed.patch_size))
+    if stride != tuple(embed.patch_size):
+        raise ValueError(
+            f"name: expected patches of {rows}x{columns} pixels side by side, as patch_size says, "
+            f"got a convolution with stride {stride}"
+        )
+    rate = getattr(getattr(model, "patch_drop", None), "prob", 0.0)
+    if rate:
+        raise ValueError(
+            f"patch_drop_rate: expected 0, since maps need the token of every patch, got {rate}"
+        )

@@ -89,12 +89,12 @@ class Layer(nn.Module):
 class _PatchEmbed(nn.Module):
     """Patches, positions in the image and in time; an image is the first frame of a video."""
 
-    def __init__(self, embed_dim: int, patch_size: int, grid: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int, grid: int, in_chans: int) -> None:
         super().__init__()
         self.grid = grid
         self.spatial_pos_embed = nn.Embedding(grid**2, embed_dim)
         self.temporal_pos_embed = nn.Embedding(_VIDEO_FRAMES, embed_dim)
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Maps images to tokens [B, h*w, D] and the grid (h, w)."""
@@ -107,10 +107,10 @@ class _PatchEmbed(nn.Module):
 
 
 class _VisualEmbed(nn.Module):
-    def __init__(self, embed_dim: int, patch_size: int, grid: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int, grid: int, in_chans: int) -> None:
         super().__init__()
         self.embeddings_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.patch_embed = _PatchEmbed(embed_dim, patch_size, grid)
+        self.patch_embed = _PatchEmbed(embed_dim, patch_size, grid, in_chans)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Maps images to normalised tokens [B, h*w, D] and the grid (h, w)."""
@@ -133,6 +133,7 @@ class UniPerceiver(nn.Module):
         drop_path_rate: stochastic depth of the last block; the first has none, linear between.
         window_size: side of the windows, in tokens, of the blocks that are not global.
         global_blocks: indices of the blocks with global attention.
+        in_chans: channels of the images.
     """
 
     num_prefix_tokens = 0
@@ -149,12 +150,15 @@ class UniPerceiver(nn.Module):
         drop_path_rate: float,
         window_size: int,
         global_blocks: Collection[int],
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.depth = depth
         self.patch_size = patch_size
-        self.visual_embed = _VisualEmbed(embed_dim, patch_size, pretrain_size // patch_size)
+        self.visual_embed = _VisualEmbed(
+            embed_dim, patch_size, pretrain_size // patch_size, in_chans
+        )
         self.layers = nn.ModuleList(
             Layer(
                 embed_dim,

@@ -21,12 +21,13 @@ class SpatialPriorModule(nn.Module):
     Args:
         width: channels of the stem.
         embed_dim: channels D of the four outputs.
+        in_chans: channels of the images.
     """
 
-    def __init__(self, width: int, embed_dim: int) -> None:
+    def __init__(self, width: int, embed_dim: int, in_chans: int = 3) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            *_conv_bn_relu(3, width, stride=2),
+            *_conv_bn_relu(in_chans, width, stride=2),
             *_conv_bn_relu(width, width, stride=1),
             *_conv_bn_relu(width, width, stride=1),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
@@ -43,7 +44,7 @@ class SpatialPriorModule(nn.Module):
         """Computes the pyramid.
 
         Args:
-            images: [B, 3, H, W], H and W multiples of 32.
+            images: [B, in_chans, H, W], H and W multiples of 32.
 
         Returns:
             Four maps [B, D, H/s, W/s] with strides s = 4, 8, 16, 32.
