@@ -116,6 +116,13 @@ def test_dinov2_with_registers(stripped, side, size):
     assert file.keys() >= {"register_tokens", "cls_token", "pos_embed"}  # as it was
 
 
+def test_a_lost_key_that_timm_needs_is_named():
+    file = _file(patch=14, registers="register_tokens")
+    del file["cls_token"]
+    with pytest.raises(ValueError, match="checkpoint: expected 'cls_token', which timm's conver"):
+        load_checkpoint(_model("vit_small_patch14_reg4_dinov2"), file)
+
+
 def test_dinov2_at_another_size_is_resized_as_timm_does():
     layers = require_integration("timm.layers")
     model = _model("vit_small_patch14_dinov2", img_size=224)

@@ -74,14 +74,22 @@ class TimmViT(nn.Module):
 
         Biases of DINOv3 that timm leaves out, for they are zero in the published files, stay in the
         result where they are not.
+
+        Raises:
+            ValueError: the file lacks what the conversion needs.
         """
         modules = [sys.modules[kind.__module__] for kind in type(self.model).__mro__]
         convert = next(filter(None, (getattr(m, "checkpoint_filter_fn", None) for m in modules)))
         given = {key: value for key, value in state.items() if key != "mask_token"}
         if "register_tokens" in state or "blocks.0.mlp.w12.weight" in state:
-            given["mask_token"] = state["patch_embed.proj.weight"]  # by which timm knows DINOv2
-        with redirect_stdout(None):  # a bias that the model does not have
-            result: dict[str, Tensor] = convert(given, self.model)
+            given["mask_token"] = next(iter(state.values()))  # by which timm knows DINOv2
+        try:
+            with redirect_stdout(None):  # a bias that the model does not have
+                result: dict[str, Tensor] = convert(given, self.model)
+        except KeyError as missing:
+            raise ValueError(
+                f"checkpoint: expected {missing}, which timm's conversion needs, got none"
+            ) from None
         for key, bias in state.items():
             if key.endswith("attn.qkv.bias") and not {key, _query_bias(key)} & result.keys():
                 query, _, value = bias.chunk(3)  # one of the keys has no effect
