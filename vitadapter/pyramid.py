@@ -60,7 +60,7 @@ class FeaturePyramid(nn.Module):
         if not is_untouched(part):
             return None
         stem = getattr(part, "stem", None)
-        return stem[0] if type(stem) is nn.Sequential else getattr(part, "proj", None)
+        return stem[0] if isinstance(stem, nn.Sequential) else getattr(part, "proj", None)
 
     def vit_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's own parameters, without those of the parts around it."""
