@@ -399,6 +399,12 @@ class WrappedAdapter(ViTAdapter):
             )
         return tokens, grid, steps
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """That of the backbone, where it has one."""
+        known: Any = getattr(self.backbone, "default_cfg", {})
+        return {name: known.get(name) for name in ("input_size", "mean", "std")}
+
     def _tap_norm(self) -> Step | None:
         backbone: Any = self.backbone
         return backbone.norm if self.config.norm_taps else None

@@ -35,6 +35,18 @@ class FeaturePyramid(nn.Module):
     patch_size: int
     num_prefix_tokens: int
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """What the ViT was pre-trained with, under names of timm's default_cfg.
+
+        `mean` and `std`, one number for each channel of images in [0, 1], and `input_size`, (C, H,
+        W) of the images in pixels. A value is None where it is not known. Loading a checkpoint does
+        not change them.
+        """
+        config: Any = self.config
+        known: dict[str, Any] = config.default_cfg
+        return known
+
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
         """Tokens, grid and blocks of the backbone, see `Backbone`."""
         raise NotImplementedError
