@@ -7,6 +7,7 @@ from .adapter import ViTAdapter
 from .baseline import ViTBaseline
 from .checkpoints import LoadReport, load_checkpoint
 from .models import create_model, dinov3_options, list_models
+from .ragged import pad_images
 
 __all__ = [
     "LoadReport",
@@ -17,4 +18,5 @@ __all__ = [
     "dinov3_options",
     "list_models",
     "load_checkpoint",
+    "pad_images",
 ]

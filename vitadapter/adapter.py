@@ -41,6 +41,7 @@ from .layers.interaction import (
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
 from .pyramid import FeaturePyramid
+from .ragged import RaggedBatch
 
 # What `ViTAdapter` adds to a backbone.
 ADAPTER_PARTS = (*("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4"),)
@@ -145,37 +146,55 @@ class ViTAdapter(FeaturePyramid):
         """The ViT's final norm, where the configuration asks for it."""
         return None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the feature pyramid.
 
         Images whose sides are not multiples of 32 are padded with zeros at the bottom and right,
         and each map is cropped to the part that the image covers. The result near those two edges
         therefore depends on the padding, and in training mode so do the batch statistics.
 
+        Images of different sizes go into one batch with `vitadapter.pad_images` and its mask. Each
+        then gets, to rounding, the maps that it gets alone; without a mask the padding is part of
+        the images. Batch norms in training mode take their statistics over the whole batch, with
+        zeros for the padding.
+
         Args:
-            images: [B, C, H, W], floating point, normalised as in pre-training; any H, W of at
-                least one patch. BEiT for segmentation serves one size.
+            images: [B, C, H, W], floating point, normalised as in pre-training (`default_cfg`); any
+                H, W of at least one patch. BEiT for segmentation serves one size.
+            padding_mask: [B, H, W] bool, True where a pixel is padding: all rows below an image and
+                all columns right of it; None: there is none. Its values are read, which on a GPU
+                is a synchronisation. The ViT runs on the images of each size in turn.
 
         Returns:
-            Four maps [B, embed_dim, ceil(H/s), ceil(W/s)] with strides s = 4, 8, 16, 32.
+            Four maps [B, embed_dim, ceil(H/s), ceil(W/s)] with strides s = 4, 8, 16, 32; of an
+            image of h x w pixels, zero outside of the top left ceil(h/s) x ceil(w/s).
 
         Raises:
-            TypeError: images is no tensor.
+            TypeError: images or padding_mask is no tensor.
             ValueError: images has another rank, number of channels, an integer dtype, another dtype
                 than the model, outside autocast, another device or layout, fewer pixels than one
-                patch, or a size that the backbone does not serve.
+                patch, or a size that the backbone does not serve. padding_mask has another shape,
+                dtype or device or no such values, or they cannot be read: on the meta device, in
+                torch.export and torch.jit.trace; or the adapter's attention is not deformable.
         """
         images = self._check(images)
+        ragged = None if padding_mask is None else self._ragged(images, padding_mask)
+        if ragged is not None:
+            images = ragged.cleared(images, 1, 1)
         padded = image_tools.pad(images, COARSEST_STRIDE)
         vit_images = padded
         if self.vit_multiple != COARSEST_STRIDE:
             vit_images = image_tools.pad(images, self.vit_multiple)
 
-        c1, *pyramid = self.spm(padded)
+        c1, *pyramid = self.spm(padded) if ragged is None else self.spm(padded, ragged)
         c = embed_levels(pyramid, self.level_embed)
         with self._vit_gradients():
-            x, x_shape, steps = self.start(vit_images)
+            x, x_shape, steps = self._started(vit_images, ragged)
         geometry = self._geometry(padded, pyramid, vit_images, x_shape)
+        if ragged is not None:
+            geometry = self._with_padding(geometry, ragged)
 
         vit_tokens = []  # after each interaction
         prefix = self.num_prefix_tokens
@@ -194,8 +213,45 @@ class ViTAdapter(FeaturePyramid):
                 maps[index] = self._add_resized(maps[index], vit_map.to(c.dtype), index)
 
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
+        if ragged is not None:
+            maps = self._cleared(maps, ragged)  # for the statistics of the norms
         maps = [norm(m) for norm, m in zip(norms, maps, strict=True)]
+        if ragged is not None:
+            maps = self._cleared(maps, ragged)
         return image_tools.crop(maps, self.strides, images)
+
+    def _ragged(self, images: Tensor, padding_mask: Tensor) -> RaggedBatch:
+        if self.config.attention != "deformable":
+            raise ValueError(
+                f'padding_mask: expected None with attention="{self.config.attention}", which has '
+                "no mask, got a mask; call the model with images of one size at a time"
+            )
+        return RaggedBatch(padding_mask, images, self.patch_size)
+
+    def _started(
+        self, images: Tensor, ragged: RaggedBatch | None
+    ) -> tuple[Tensor, Grid, Sequence[Step]]:
+        # There is nothing to start the transformer with for the groups of no images.
+        if ragged is None or not ragged.sizes:
+            return self.start(images)
+        return ragged.start(
+            self.start,
+            images,
+            patch_size=self.patch_size,
+            multiple=self.vit_multiple,
+            prefix=self.num_prefix_tokens,
+        )
+
+    def _with_padding(self, geometry: Geometry, ragged: RaggedBatch) -> Geometry:
+        x_padding = ragged.outside(geometry.x_shape, self.patch_size, self.vit_multiple)
+        levels = zip(geometry.c_shapes, self.strides[1:], strict=True)
+        c_padding = [ragged.outside(shape, s, COARSEST_STRIDE).flatten(1) for shape, s in levels]
+        return geometry._replace(
+            x_padding=x_padding.flatten(1), c_padding=torch.cat(c_padding, dim=1)
+        )
+
+    def _cleared(self, maps: Sequence[Tensor], ragged: RaggedBatch) -> list[Tensor]:
+        return [ragged.cleared(m, s, s) for m, s in zip(maps, self.strides, strict=True)]
 
     def _geometry(
         self, padded: Tensor, pyramid: Sequence[Tensor], vit_images: Tensor, x_shape: Grid
@@ -342,6 +398,12 @@ class WrappedAdapter(ViTAdapter):
                 f"{list(tokens.shape)} and {len(steps)}"
             )
         return tokens, grid, steps
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """That of the backbone, where it has one."""
+        known: Any = getattr(self.backbone, "default_cfg", {})
+        return {name: known.get(name) for name in ("input_size", "mean", "std")}
 
     def _tap_norm(self) -> Step | None:
         backbone: Any = self.backbone

@@ -50,11 +50,14 @@ class ViTBaseline(FeaturePyramid):
         """Four maps with strides 4, 8, 16, 32 from four times tokens [B, h*w, D]."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, padding_mask: None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the feature pyramid.
 
         Args:
             images: as in `ViTAdapter`.
+            padding_mask: `ViTAdapter` takes one; these models do not.
 
         Returns:
             Four maps [B, embed_dim, ceil(H/s), ceil(W/s)] with strides s = 4, 8, 16, 32.
@@ -62,6 +65,11 @@ class ViTBaseline(FeaturePyramid):
         Raises:
             TypeError, ValueError: as in `ViTAdapter`.
         """
+        if padding_mask is not None:
+            raise ValueError(
+                "padding_mask: expected None for a ViTBaseline, whose necks have no mask, got a "
+                "mask; call the model with images of one size at a time"
+            )
         images = self._check(images)
         padded = image_tools.pad(images, COARSEST_STRIDE)
         prior = self.spm(padded) if self.config.ranges else ()

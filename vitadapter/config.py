@@ -10,6 +10,9 @@ from typing import Any
 
 from .layers.attention import ATTENTIONS
 
+# Of images in [0, 1]: ImageNet's, and AugReg's of both.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
 PATCH_SIZE = 16
 COARSEST_STRIDE = 32
 NUM_MAPS = 4
@@ -187,6 +190,8 @@ class ModelConfig(AdapterConfig):
         img_size: side of the images in pixels, for BEiT segmentation, which serves one size; None
             for all others, which take any size.
         residual_blocks: a convolutional residual block after every (depth / 4)-th block (ViTDet).
+        mean: of the images in [0, 1] that the ViT was pre-trained with, for each channel.
+        std: their standard deviation. Nothing is computed with the two: see `default_cfg`.
 
     Raises:
         ValueError: a value is out of range or contradicts another; the message names both.
@@ -200,6 +205,8 @@ class ModelConfig(AdapterConfig):
     window_size: int = 14
     img_size: int | None = None
     residual_blocks: bool = False
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         one_of("family", self.family, FAMILIES)
@@ -261,6 +268,17 @@ class ModelConfig(AdapterConfig):
                 f"got {self.num_interactions}"
             )
         super()._check_interactions()
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """What the ViT was pre-trained with, see `FeaturePyramid`."""
+        sizes = (self.in_chans, self.pretrain_size, self.pretrain_size)
+        # Of another number of channels nothing is known.
+        known = {
+            name: tuple(values) if len(values) == self.in_chans else None
+            for name, values in (("mean", self.mean), ("std", self.std))
+        }
+        return {"input_size": sizes, **known}
 
     @property
     def serves_one_size(self) -> bool:

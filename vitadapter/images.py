@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,15 +30,25 @@ def check(
         ValueError: it is not [B, C, H, W], dense, floating point and at least one patch; or a plain
             layer's weight has another dtype, outside autocast, or is on another device.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a torch.Tensor, got {_described(images)}")
     _checks.is_tensor("images", images)
     if images.dim() != 4:
-        raise ValueError(f"images: expected [B, {in_chans}, H, W], got shape {list(images.shape)}")
+        hint = "; images[None] is a batch of one" if images.dim() == 3 else ""
+        raise ValueError(
+            f"images: expected [B, {in_chans}, H, W], got shape {list(images.shape)}{hint}"
+        )
     if images.shape[1] != in_chans:
+        hint = "; images.permute(0, 3, 1, 2) puts the channels first"
         raise ValueError(
             f"images: expected {in_chans} channels in [B, {in_chans}, H, W], got {images.shape[1]}"
+            f"{hint if images.shape[3] == in_chans else ''}"
         )
     if not images.is_floating_point():
-        raise ValueError(f"images: expected a floating-point dtype, got {images.dtype}")
+        raise ValueError(
+            f"images: expected a floating-point dtype, got {images.dtype}; for values of 0 to 255, "
+            f"images.float() / 255, {_NORMALISE}"
+        )
     if images.shape[2] < patch_size or images.shape[3] < patch_size:
         raise ValueError(
             f"images: expected H, W >= {patch_size} (one patch), got shape {list(images.shape)}"
@@ -45,6 +56,35 @@ def check(
     # Other kinds of layers, and of weights, may convert and move images themselves.
     if type(layer) is nn.Conv2d and is_plain_tensor(layer.weight):
         _check_like(images, layer.weight)
+
+
+_NORMALISE = "then normalise by the mean and std of model.default_cfg"
+
+
+def _described(images: object) -> str:
+    """What came in place of a tensor, and how it becomes one."""
+    if not isinstance(images, list | tuple) or not images:
+        kind, scaled = _kind_and_conversion(images, "images")
+        one = f"; of one image [H, W, C], 0 to 255, make ({scaled})[None], {_NORMALISE}"
+        return kind + one if scaled else kind
+    kind, scaled = _kind_and_conversion(images[0], "image")
+    each = f"of each image make {scaled}, {_NORMALISE}; " if scaled else ""
+    return (
+        f"{type(images).__name__} of {kind}; {each}vitadapter.pad_images makes a batch and its "
+        "padding mask of a list of tensors [C, h, w]"
+    )
+
+
+def _kind_and_conversion(image: object, name: str) -> tuple[str, str]:
+    """The name of the type, and an expression for a tensor [C, h, w]; "" where none is known."""
+    kind = "None" if image is None else type(image).__name__
+    scaled = ".permute(2, 0, 1).float() / 255"
+    if isinstance(image, np.ndarray):
+        return f"numpy array of shape {list(image.shape)}", f"torch.from_numpy({name}){scaled}"
+    if type(image).__module__.partition(".")[0] == "PIL":
+        array = f"numpy.array({name}.convert('RGB'))"
+        return f"PIL {kind}", f"torch.from_numpy({array}){scaled}"
+    return kind, ""
 
 
 def _check_like(images: Tensor, weight: Tensor) -> None:

@@ -9,9 +9,19 @@ from typing import Any
 from .adapter import BEiTAdapter, PlainViTAdapter, UniPerceiverAdapter, ViTAdapter
 from .baseline import BEiTBaseline, PlainViTBaseline, ViTBaseline
 from .checkpoints import load_checkpoint
-from .config import NUM_MAPS, ModelConfig, check_options, field_names, shares
+from .config import (
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NUM_MAPS,
+    ModelConfig,
+    check_options,
+    field_names,
+    shares,
+)
 
-# Paper, appendix A.1 and table 10. Large is pre-trained at 384 pixels (AugReg), the others at 224.
+# Paper, appendix A.1 and table 10. Large is pre-trained by AugReg, at 384 pixels and with its mean
+# and std; the others at 224.
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "embed_dim": 192, "depth": 12, "num_heads": 3, "adapter_heads": 6,
@@ -28,12 +38,15 @@ _SIZES: dict[str, dict[str, Any]] = {
     "large": {
         "embed_dim": 1024, "depth": 24, "num_heads": 16, "adapter_heads": 16,
         "deform_ratio": 0.5, "drop_path_rate": 0.4, "pretrain_size": 384,
+        "mean": HALF, "std": HALF,
     },
 }  # fmt: skip
 _PLAIN = {"family": "plain_vit"}
+# All published detectors and segmentors with the families below.
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 # One value starts both the layer scale and the injectors, in the published configurations.
-_BEIT = {"family": "beit", "injector_init": 1e-6, "pretrain_size": 224}
-_UNIPERCEIVER = {"family": "uniperceiver", "norm_eps": 1e-5, "pretrain_size": 224}
+_BEIT = {"family": "beit", "injector_init": 1e-6, "pretrain_size": 224, **_IMAGENET}
+_UNIPERCEIVER = {"family": "uniperceiver", "norm_eps": 1e-5, "pretrain_size": 224, **_IMAGENET}
 # The one light model of which a configuration was published has a single interaction.
 _LIGHT_BASE = {
     "num_interactions": 1, "with_cffn": False, "use_extra_extractor": False,

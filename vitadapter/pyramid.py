@@ -35,6 +35,18 @@ class FeaturePyramid(nn.Module):
     patch_size: int
     num_prefix_tokens: int
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """What the ViT was pre-trained with, under names of timm's default_cfg.
+
+        `mean` and `std`, one number for each channel of images in [0, 1], and `input_size`, (C, H,
+        W) of the images in pixels. A value is None where it is not known. Loading a checkpoint does
+        not change them.
+        """
+        config: Any = self.config
+        known: dict[str, Any] = config.default_cfg
+        return known
+
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:
         """Tokens, grid and blocks of the backbone, see `Backbone`."""
         raise NotImplementedError
@@ -60,7 +72,7 @@ class FeaturePyramid(nn.Module):
         if not is_untouched(part):
             return None
         stem = getattr(part, "stem", None)
-        return stem[0] if type(stem) is nn.Sequential else getattr(part, "proj", None)
+        return stem[0] if isinstance(stem, nn.Sequential) else getattr(part, "proj", None)
 
     def vit_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's own parameters, without those of the parts around it."""

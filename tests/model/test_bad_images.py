@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -18,10 +20,58 @@ IMAGES = torch.randn(1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("images", [None, 3, "image.png", IMAGES.numpy()], ids=type)
+@pytest.mark.parametrize("images", [None, 3, "image.png", [], IMAGES.numpy()], ids=type)
 def test_what_is_no_tensor_is_named(family, images):
     with pytest.raises(TypeError, match=r"images: expected a torch.Tensor, got"):
         build(family)(images)
+
+
+PHOTO = np.zeros((64, 96, 3), np.uint8)
+SCALED = r"\.permute\(2, 0, 1\).float\(\) / 255"
+CONVERSIONS = {
+    "array": (
+        PHOTO,
+        rf"numpy array of shape \[64, 96, 3\]; .*\(torch.from_numpy\(images\){SCALED}\)\[None",
+    ),
+    "PIL": (PIL.Image.fromarray(PHOTO), rf"PIL Image; .*numpy.array\(images.convert.*{SCALED}"),
+    "arrays": ([PHOTO], rf"list of numpy array .*torch.from_numpy\(image\){SCALED}.*pad_images"),
+    "PIL images": ((PIL.Image.fromarray(PHOTO),), rf"tuple of PIL Image.*{SCALED}.*pad_images"),
+    "tensors": (list(IMAGES), "list of Tensor; vitadapter.pad_images makes a batch"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSIONS)
+def test_the_message_says_how_images_become_tensors(case):
+    images, text = CONVERSIONS[case]
+    with pytest.raises(TypeError, match=f"images: expected a torch.Tensor, got {text}") as caught:
+        build("plain")(images)
+    if case != "tensors":
+        assert "normalise by the mean and std of model.default_cfg" in str(caught.value)
+
+
+def test_the_conversions_of_the_message_work():
+    model = build("plain").eval()
+    for name, images in (("images", PHOTO), ("images", PIL.Image.fromarray(PHOTO))):
+        with pytest.raises(TypeError) as caught:
+            model(images)
+        text = str(caught.value)
+        expression = text[text.index("(torch") : text.index("[None]") + len("[None]")]
+        tensor = eval(expression, {"torch": torch, "numpy": np, name: images})
+        assert model(tensor)[0].shape[2:] == (16, 24)
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (IMAGES.byte(), r"got torch.uint8; .*images.float\(\) / 255, then normalise .*default_cfg"),
+        (IMAGES[0], r"expected \[B, 3, H, W\], got shape \[3, 64, 64\]; images\[None\]"),
+        (IMAGES.permute(0, 2, 3, 1), r"expected 3 channels .*got 64; images.permute\(0, 3, 1, 2\)"),
+    ],
+    ids=["uint8", "one image", "channels last"],
+)
+def test_the_message_says_what_other_tensors_need(images, text):
+    with pytest.raises(ValueError, match=text):
+        build("plain")(images)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,7 +23,8 @@ class Backbone(Protocol):
         num_prefix_tokens: class and register tokens in front of the patch tokens, P.
 
     A backbone may also have `in_chans`, the number of channels of the images, else 3; and `norm`, a
-    callable that maps tokens to tokens: its final norm, for the option norm_taps.
+    callable that maps tokens to tokens: its final norm, for the option norm_taps; and
+    `default_cfg`, a dict with timm's `mean`, `std` and `input_size`, which the model then has too.
     """
 
     embed_dim: int

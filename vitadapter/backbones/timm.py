@@ -65,6 +65,11 @@ class TimmViT(nn.Module):
         self.num_prefix_tokens = self.model.num_prefix_tokens
 
     @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's, empty for a model that was not made by its name."""
+        return dict(getattr(self.model, "pretrained_cfg", {}))
+
+    @property
     def norm(self) -> Step | None:
         """The model's final norm; None where it has none."""
         return None if isinstance(self.model.norm, nn.Identity) else self.model.norm

@@ -58,9 +58,11 @@ class Injector(nn.Module):
         c: Tensor,
         c_shapes: Shapes,
         points: Tensor | None = None,
+        c_padding: Tensor | None = None,
     ) -> Tensor:
         """Maps ViT tokens x [B, N, D] and pyramid tokens c [B, S, D] to new x [B, N, D]."""
-        out = self.attn(self.query_norm(x), x_shapes, self.feat_norm(c), c_shapes, points)
+        query, feat = self.query_norm(x), self.feat_norm(c)
+        out = self.attn(query, x_shapes, feat, c_shapes, points, *_given(c_padding))
         return x + self.gamma * out
 
 
@@ -90,9 +92,15 @@ class ConvFFN(nn.Module):
         self.dwconv = DWConv(hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
-        """Maps tokens [B, sum(H*W), D] of the levels `shapes` to the same shape."""
-        return project(self.fc2, F.gelu(self.dwconv(project(self.fc1, x), shapes)))
+    def forward(self, x: Tensor, shapes: Shapes, padding: Tensor | None = None) -> Tensor:
+        """Maps tokens [B, sum(H*W), D] of the levels `shapes` to the same shape.
+
+        Those where `padding` [B, sum(H*W)] is True are zero for the convolution.
+        """
+        hidden = project(self.fc1, x)
+        if padding is not None:
+            hidden = hidden.masked_fill(padding[..., None], 0)
+        return project(self.fc2, F.gelu(self.dwconv(hidden, shapes)))
 
 
 class Extractor(nn.Module):
@@ -133,11 +141,14 @@ class Extractor(nn.Module):
         x: Tensor,
         x_shapes: Shapes,
         points: Tensor | None = None,
+        c_padding: Tensor | None = None,
+        x_padding: Tensor | None = None,
     ) -> Tensor:
         """Maps pyramid tokens c [B, S, D] and ViT tokens x [B, N, D] to new c [B, S, D]."""
-        c = c + self.attn(self.query_norm(c), c_shapes, self.feat_norm(x), x_shapes, points)
+        query, feat = self.query_norm(c), self.feat_norm(x)
+        c = c + self.attn(query, c_shapes, feat, x_shapes, points, *_given(x_padding))
         if self.ffn is not None:
-            c = c + self.drop_path(self.ffn(self.ffn_norm(c), c_shapes))
+            c = c + self.drop_path(self.ffn(self.ffn_norm(c), c_shapes, c_padding))
         return c
 
 
@@ -149,12 +160,17 @@ class Geometry(NamedTuple):
         c_shapes: (H, W) of the pyramid's levels.
         x_points: centres of the ViT's tokens as fractions of the pyramid, [1, h*w, 1, 2].
         c_points: centres of the pyramid's tokens as fractions of the ViT's grid, [1, S, 1, 2].
+        x_padding: [B, h*w] bool, True for tokens outside of an image's region; None: there are
+            none.
+        c_padding: [B, S], likewise.
     """
 
     x_shape: tuple[int, int]
     c_shapes: Shapes
     x_points: Tensor
     c_points: Tensor
+    x_padding: Tensor | None = None
+    c_padding: Tensor | None = None
 
 
 class Interaction(nn.Module):
@@ -208,11 +224,12 @@ class Interaction(nn.Module):
             The new x and c, and x as the extractors got it, but with the prefix, [B, prefix + h*w,
             D].
         """
-        x_shapes, c_shapes = [geometry.x_shape], geometry.c_shapes
+        x_shape, c_shapes, x_points, c_points, x_padding, c_padding = geometry
+        x_shapes = [x_shape]
         with torch.no_grad() if self.freeze_vit else nullcontext():
             if self.injector is not None:
                 head, body = x[:, :prefix], x[:, prefix:]
-                body = self._run(self.injector, body, x_shapes, c, c_shapes, geometry.x_points)
+                body = self._run(self.injector, body, x_shapes, c, c_shapes, x_points, c_padding)
                 x = torch.cat((head, body), dim=1) if prefix else body
             for step in steps:
                 x = self._run(step, x)
@@ -220,12 +237,18 @@ class Interaction(nn.Module):
         body = tap[:, prefix:]
         for extractor in (self.extractor, *self.extra_extractors):
             if extractor is not None:
-                c = self._run(extractor, c, c_shapes, body, x_shapes, geometry.c_points)
+                paddings = (c_padding, x_padding)
+                c = self._run(extractor, c, c_shapes, body, x_shapes, c_points, *paddings)
         # No view: FSDP2 warns of a module that returns one.
         return x, c, tap
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         return run(function, *args, with_cp=self.with_cp)
+
+
+def _given(padding: Tensor | None) -> tuple[Tensor, ...]:
+    """The mask as a further argument, for attentions that may know none."""
+    return () if padding is None else (padding,)
 
 
 def run(function: Callable[..., Tensor], *args: Any, with_cp: bool) -> Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from vitadapter_ops.linear import is_plain_tensor, is_untouched
 from vitadapter_ops.reference import compute_dtype
+
+from ..config import COARSEST_STRIDE
+from ..ragged import RaggedBatch
 
 
 class SpatialPriorModule(nn.Module):
@@ -26,61 +31,78 @@ class SpatialPriorModule(nn.Module):
 
     def __init__(self, width: int, embed_dim: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
+        self.stem = Stage(
             *_conv_bn_relu(in_chans, width, stride=2),
             *_conv_bn_relu(width, width, stride=1),
             *_conv_bn_relu(width, width, stride=1),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
         )
-        self.conv2 = nn.Sequential(*_conv_bn_relu(width, 2 * width, stride=2))
-        self.conv3 = nn.Sequential(*_conv_bn_relu(2 * width, 4 * width, stride=2))
-        self.conv4 = nn.Sequential(*_conv_bn_relu(4 * width, 4 * width, stride=2))
+        self.conv2 = Stage(*_conv_bn_relu(width, 2 * width, stride=2))
+        self.conv3 = Stage(*_conv_bn_relu(2 * width, 4 * width, stride=2))
+        self.conv4 = Stage(*_conv_bn_relu(4 * width, 4 * width, stride=2))
         self.fc1 = nn.Conv2d(width, embed_dim, kernel_size=1)
         self.fc2 = nn.Conv2d(2 * width, embed_dim, kernel_size=1)
         self.fc3 = nn.Conv2d(4 * width, embed_dim, kernel_size=1)
         self.fc4 = nn.Conv2d(4 * width, embed_dim, kernel_size=1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, ragged: RaggedBatch | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes the pyramid.
 
         Args:
             images: [B, in_chans, H, W], H and W multiples of 32.
+            ragged: the images' own sizes, where these differ.
 
         Returns:
             Four maps [B, D, H/s, W/s] with strides s = 4, 8, 16, 32.
         """
+        own = () if ragged is None else (partial(_cleared, ragged=ragged, width=images.shape[3]),)
         # Channels last: pooling is many times faster, and tokens are views of the maps.
         images = images.contiguous(memory_format=torch.channels_last)
-        x1 = _exact(_run(self.stem, images), images, 4)
-        x2 = _exact(_run(self.conv2, x1), images, 8)
-        x3 = _exact(_run(self.conv3, x2), images, 16)
-        x4 = _exact(_run(self.conv4, x3), images, 32)
+        x1 = _exact(self.stem(images, *own), images, 4)
+        x2 = _exact(self.conv2(x1, *own), images, 8)
+        x3 = _exact(self.conv3(x2, *own), images, 16)
+        x4 = _exact(self.conv4(x3, *own), images, 32)
         return self.fc1(x1), self.fc2(x2), self.fc3(x3), self.fc4(x4)
 
 
-def _run(stage: nn.Sequential, x: Tensor) -> Tensor:
-    """stage(x); for inference with each batch norm within the convolution before it.
+class Stage(nn.Sequential):
+    """Convolutions, each with its norm and ReLU; perhaps a pooling layer at the end."""
 
-    A norm of running statistics is a factor and a shift for each channel. In the convolution's
-    weights they cost nothing; on their own, a pass over each of the largest maps.
-    """
-    if torch.is_grad_enabled() or type(stage) is not nn.Sequential or not is_untouched(stage):
-        result: Tensor = stage(x)
-        return result
-    layers: list[Any] = list(stage)
-    while layers:
-        layer = layers.pop(0)
-        if _is_product(layer) and layers and _is_affine(layers[0]):
-            norm = layers.pop(0)
-            dtype = layer.weight.dtype
-            wide = compute_dtype(dtype)
-            factor = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
-            weight = layer.weight * factor[:, None, None, None]
-            shift = norm.bias - norm.running_mean * factor
-            x = layer._conv_forward(x, weight.to(dtype), shift.to(dtype))
-        else:
-            x = layer(x)
-    return x
+    def forward(self, x: Tensor, clear: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Applies the layers; for inference with each batch norm within the convolution before it.
+
+        A norm of running statistics is a factor and a shift for each channel. In the convolution's
+        weights they cost nothing; on their own, a pass over each of the largest maps.
+
+        Args:
+            x: [B, C, H, W].
+            clear: puts zeros into what the next convolution must find padded with zeros.
+        """
+        folds = not torch.is_grad_enabled() and is_untouched(self)
+        layers: list[Any] = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if folds and _is_product(layer) and layers and _is_affine(layers[0]):
+                norm = layers.pop(0)
+                dtype = layer.weight.dtype
+                wide = compute_dtype(dtype)
+                factor = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
+                weight = layer.weight * factor[:, None, None, None]
+                shift = norm.bias - norm.running_mean * factor
+                x = layer._conv_forward(x, weight.to(dtype), shift.to(dtype))
+            else:
+                x = layer(x)
+            # By their places: tools that fuse layers put identities into those of norm and ReLU.
+            if clear is not None and ((len(self) - len(layers)) % 3 == 0 or not layers):
+                x = clear(x)
+        return x
+
+
+def _cleared(x: Tensor, ragged: RaggedBatch, width: int) -> Tensor:
+    """The map x of images `width` pixels wide, zero outside of each image's region."""
+    return ragged.cleared(x, width // x.shape[3], COARSEST_STRIDE)
 
 
 def _is_product(layer: Any) -> bool:

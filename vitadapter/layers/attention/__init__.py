@@ -6,7 +6,8 @@
 query is [B, Nq, D], feat [B, Nk, D]; each is the concatenation of its levels, finest first, and
 `*_shapes` lists their (H, W) as Python integers. `points` [1, Nq, 1, 2] are the centres of the
 query tokens as fractions of the maps of feat, None where both cover the same area; only deformable
-attention looks at them. The result is [B, Nq, D].
+attention looks at them. It alone also takes `padding` [B, Nk], True for tokens of feat that are
+outside of their image. The result is [B, Nq, D].
 """
 
 from __future__ import annotations

@@ -37,15 +37,17 @@ class DeformableAttention(MSDeformAttn):
         feat: Tensor,
         feat_shapes: Shapes,
         points: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Attends from `query` [B, Nq, D] to `feat` [B, Nk, D]; returns [B, Nq, D].
 
         `points` [1, Nq, 1, 2] says where the queries are in the maps of `feat`, as fractions; None:
-        both cover the same area.
+        both cover the same area. Where `padding` [B, Nk] is True, values are zero, as they are
+        outside of the maps.
         """
         if points is None:
             points = reference_points(query_shapes, query.device)
-        return super().forward(query, points, feat, feat_shapes)
+        return super().forward(query, points, feat, feat_shapes, None, padding)
 
 
 def reference_points(shapes: Shapes, device: torch.device) -> Tensor:
