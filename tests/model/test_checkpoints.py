@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 import vitadapter
-from optional import require_integration
 from vitadapter import load_checkpoint
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8}
@@ -206,26 +204,6 @@ def test_augreg_npz_is_transposed_as_jax_lays_it_out(tmp_path):
     }
 
 
-def test_files_packed_once_more(tmp_path):
-    state = _state(_model())
-    path = _save(tmp_path, {"state_dict": state}, "model.pth.tar")
-    with zipfile.ZipFile(tmp_path / "released.zip", "w") as archive:
-        archive.write(path, "model.pth.tar")
-    model = _model()
-    load_checkpoint(model, tmp_path / "released.zip", strict=True)
-    assert _is_loaded(model, state)
-
-
-def test_safetensors(tmp_path):
-    save_file = require_integration("safetensors.torch").save_file
-
-    model = _model()
-    state = _state(model)
-    save_file({f"backbone.{k}": v for k, v in state.items()}, tmp_path / "model.safetensors")
-    load_checkpoint(model, tmp_path / "model.safetensors", strict=True)
-    assert _is_loaded(model, state)
-
-
 def _tables(depth: int, side: int, extra: int = 3):
     return [torch.randn((2 * side - 1) ** 2 + extra, 12) for _ in range(depth)]
 
@@ -384,18 +362,3 @@ def test_unknown_keys_are_reported_and_logged(caplog):
 def test_other_architectures_are_refused_and_named(make, message):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(_model(), make())
-
-
-class _Surprise:
-    pass
-
-
-def test_files_with_python_objects_are_refused(tmp_path):
-    path = _save(tmp_path, {"state_dict": _state(_model()), "extra": _Surprise()})
-    with pytest.raises(ValueError, match=r"plain values, got .*: it holds .*_Surprise$"):
-        load_checkpoint(_model(), path)
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.pth"):
-        load_checkpoint(_model(), tmp_path / "nothing.pth")

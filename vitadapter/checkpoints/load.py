@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from torch import nn
 
@@ -61,7 +61,7 @@ class LoadReport:
 
 def load_checkpoint(
     model: nn.Module,
-    checkpoint: str | Path | Mapping[str, Any],
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any],
     *,
     ema: bool = False,
     strict: bool | Literal["vit"] = False,
@@ -82,7 +82,7 @@ def load_checkpoint(
     Args:
         model: from `create_model`, `ViTAdapter.from_timm` or `ViTAdapter.around`; or one in
             torch.compile, DataParallel or DistributedDataParallel.
-        checkpoint: a file, or what was loaded from one.
+        checkpoint: a file's path, a file opened for reading bytes, or what was loaded from one.
         ema: take the weights averaged over training steps that some files hold beside the others.
         strict: True: raise where a key is missing, unexpected or fresh. "vit": where a key of the
             ViT is missing, or one is unexpected.
