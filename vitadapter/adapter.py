@@ -246,9 +246,8 @@ class ViTAdapter(FeaturePyramid):
         x_padding = ragged.outside(geometry.x_shape, self.patch_size, self.vit_multiple)
         levels = zip(geometry.c_shapes, self.strides[1:], strict=True)
         c_padding = [ragged.outside(shape, s, COARSEST_STRIDE).flatten(1) for shape, s in levels]
-        return geometry._replace(
-            x_padding=x_padding.flatten(1), c_padding=torch.cat(c_padding, dim=1)
-        )
+        # Not _replace: torch.compile (2.11) loses what it returns.
+        return Geometry(*geometry[:4], x_padding.flatten(1), torch.cat(c_padding, dim=1))
 
     def _cleared(self, maps: Sequence[Tensor], ragged: RaggedBatch) -> list[Tensor]:
         return [ragged.cleared(m, s, s) for m, s in zip(maps, self.strides, strict=True)]

@@ -13,14 +13,12 @@ from .adapter import beit_arguments, build_interactions, init_adapter, plain_vit
 from .backbones.beit import BEiT
 from .backbones.plain_vit import PlainViT
 from .backbones.protocol import Grid
-from .config import COARSEST_STRIDE, NUM_MAPS, ModelConfig
+from .config import COARSEST_STRIDE, NECK_GROUPS, NUM_MAPS, ModelConfig
 from .layers.attention.deformable import reference_points
 from .layers.interaction import LAYER_NORM_EPS, Geometry, embed_levels, run, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
 from .pyramid import FeaturePyramid
-
-_GROUPS = 32
 
 
 class ViTBaseline(FeaturePyramid):
@@ -149,7 +147,7 @@ class PlainViTBaseline(PlainViT, ViTBaseline):
         self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm4 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.up1 = nn.Sequential(
-            Upsample(dim), nn.GroupNorm(_GROUPS, dim), nn.GELU(), Upsample(dim)
+            Upsample(dim), nn.GroupNorm(NECK_GROUPS, dim), nn.GELU(), Upsample(dim)
         )
         self.up2 = Upsample(dim)
         self.up3 = nn.Identity()

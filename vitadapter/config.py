@@ -16,6 +16,8 @@ HALF = (0.5, 0.5, 0.5)
 PATCH_SIZE = 16
 COARSEST_STRIDE = 32
 NUM_MAPS = 4
+# Of the group norm in the plain baselines' necks.
+NECK_GROUPS = 32
 TASKS = ("detection", "segmentation")
 FAMILIES = ("plain_vit", "beit", "uniperceiver")
 # spm: the spatial prior is added to the plain ViT's maps; spm+injector: and injected into the ViT;
@@ -215,6 +217,11 @@ class ModelConfig(AdapterConfig):
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim = {self.embed_dim}, "
                 f"got {self.num_heads}"
+            )
+        if not self.is_adapter and self.family == "plain_vit" and self.embed_dim % NECK_GROUPS:
+            raise ValueError(
+                f"embed_dim: expected a multiple of {NECK_GROUPS} for a plain ViT, whose necks "
+                f"normalise that many groups of channels, got {self.embed_dim}"
             )
         if self.pretrain_size % self.patch_size:
             raise ValueError(

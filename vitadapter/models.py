@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Mapping
+from typing import IO, Any
 
 from .adapter import BEiTAdapter, PlainViTAdapter, UniPerceiverAdapter, ViTAdapter
 from .baseline import BEiTBaseline, PlainViTBaseline, ViTBaseline
@@ -125,7 +126,7 @@ def create_model(
     components: str = "full",
     img_size: int | None = None,
     pretrain_size: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> ViTAdapter | ViTBaseline:
     """Builds a published model (Chen et al., ICLR 2023, sec. 3 and tables 6, 7 and 10).
@@ -142,7 +143,7 @@ def create_model(
         img_size: side of the images in pixels, for BEiT segmentation, which serves one size (None:
             512). Other models take images of any size.
         pretrain_size: side of the pre-training image in pixels; None: 224, for large 384.
-        checkpoint: a file for `load_checkpoint`; None: fresh weights.
+        checkpoint: for `load_checkpoint`; None: fresh weights, those of the ViT included.
         **overrides: any other field of `ModelConfig`.
 
     Returns:

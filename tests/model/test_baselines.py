@@ -118,3 +118,9 @@ def test_maps_have_strides_4_to_32_for_any_image_size(components, size):
         maps = model(torch.randn(1, 3, *size))
     expected = [(-(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)]
     assert [tuple(m.shape[2:]) for m in maps] == expected
+
+
+def test_widths_that_the_necks_norms_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="embed_dim: expected a multiple of 32 for a plain ViT"):
+        vitadapter.create_model("vit_tiny", task="segmentation", embed_dim=48)
+    assert vitadapter.create_model("vit_tiny", task="segmentation", embed_dim=96, depth=4)

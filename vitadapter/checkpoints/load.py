@@ -73,7 +73,7 @@ def load_checkpoint(
     MAE, DINOv2, BEiT, BEiTv2 and Uni-Perceiver backbones, timm's names for the same, AugReg's .npz,
     .safetensors, a .zip that holds one file, and checkpoints of this package. Position embeddings
     are resized bicubically, BEiT's bias tables as BEiT does, patch projections bilinearly. Nothing
-    but tensors and plain values is unpickled.
+    in a file is executed.
 
     The model is found in the file by its keys: in whatever mapping, and with whatever before them.
     Of several with the same keys that of usual names is taken (state_dict, model, backbone, the
