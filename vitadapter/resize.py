@@ -110,9 +110,14 @@ def check_grid(name: str, tokens: Tensor, grid: tuple[int, int], front: int) -> 
         grid: (h, w).
         front: P.
     """
-    entries = tokens.shape[1]
-    fits = front + grid[0] * grid[1] == entries
-    _, shape = _split_entries(name, entries, grid if fits else None, (front,))
+    number = tokens.shape[1] - front
+    side = math.isqrt(max(number, 0))
+    shape = grid if grid[0] * grid[1] == number else (side, side)
+    if shape[0] * shape[1] != number or number < 1:
+        raise ValueError(
+            f"{name}: expected a square grid after {front} entries of class and other tokens, got "
+            f"{tokens.shape[1]} entries"
+        )
     check_rows(name, tokens[0, front:], shape)
 
 

@@ -179,7 +179,7 @@ def test_of_teacher_and_student_the_teacher_is_taken():
 def test_several_models_are_refused_unless_they_are_the_same():
     model = build("plain")
     state = _values(model)
-    with pytest.raises(ValueError, match=r"got two with the same keys, under first and under seco"):
+    with pytest.raises(ValueError, match=r"got 2 with the same keys, under first and under sec"):
         load_checkpoint(model, {"first": state, "second": _values(model)})
     with pytest.raises(ValueError, match=r"under left\.net\. and under right\.net\."):
         load_checkpoint(model, _behind("left.net.", state) | _behind("right.net.", _values(model)))
@@ -360,3 +360,98 @@ def test_no_vit_takes_the_file_of_another(family):
         if _vit_of(other) != _vit_of(family):
             with pytest.raises(ValueError, match=r"^checkpoint: expected .* got one that looks"):
                 load_checkpoint(model, _behind("backbone.", _values(build(other))))
+
+
+def _halves(model):
+    state = _values(model)
+    vit = {key: value for key, value in state.items() if not key.startswith((*model.own_parts,))}
+    return vit, {key: value for key, value in state.items() if key not in vit}
+
+
+@pytest.mark.parametrize("depth", [4, 24])  # the adapter has more keys, and the ViT
+def test_halves_in_two_places_are_refused(depth):
+    model = build("plain", depth=depth)
+    vit, adapter = _halves(model)
+    for file in (
+        {"vit": vit, "adapter": adapter},
+        _behind("net.vit.", vit) | _behind("net.adapter.", adapter),
+    ):
+        with pytest.raises(ValueError, match=r"^checkpoint: expected "):
+            load_checkpoint(model, file)
+    load_checkpoint(model, {"net": vit | adapter}, strict=True)
+
+
+def test_names_that_do_not_tell_which_model_is_meant():
+    model = build("plain")
+    state, vit = _values(model), _halves(model)[0]
+    for file in (
+        _behind("rgb.", state) | _behind("depth.stream.", _values(model)),
+        {"old": state, "trainer": {"new": _values(model)}},
+        _behind("architecture.backbone.", state) | _behind("teacher.backbone.", _values(model)),
+        {"encoder": vit, "target_encoder": _halves(model)[0]},
+        {"q": vit, "k": _halves(model)[0]},
+        _behind("backbone.original_module.", state)
+        | _behind("backbone.modules_to_save.default.", _values(model)),
+    ):
+        with pytest.raises(ValueError, match=r"expected one model, got 2 with the same keys"):
+            load_checkpoint(model, file)
+    usual = {"model": state, "best_model": _values(model), "queue": torch.zeros(2)}
+    load_checkpoint(model, usual, strict=True)
+    assert _is_loaded(model, state)
+
+
+def test_values_that_are_no_weights_are_refused():
+    model = build("plain")
+    state = _values(model)
+    key = "blocks.0.attn.qkv.weight"
+    for value, message in (
+        (torch.zeros(96, 32, dtype=torch.int8), "expected floating-point weights, got 1 others"),
+        (torch.zeros(96, 32, dtype=torch.complex64), "expected floating-point weights, got 1 oth"),
+        (torch.zeros(0), r"got 1 empty ones \(blocks.0.attn.qkv.weight\); DeepSpeed"),
+        (torch.zeros(96, 32).to_sparse(), "expected dense tensors, got sparse ones: blocks.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(model, state | {key: value})
+    with pytest.raises(ValueError, match="expected one level_embed, got two"):
+        load_checkpoint(model, state | {"_orig_mod.level_embed": state["level_embed"]})
+    load_checkpoint(model, {k: v.half() if v.is_floating_point() else v for k, v in state.items()})
+    load_checkpoint(model, {"state": {key: v.numpy() for key, v in state.items()}}, strict=True)
+    assert _is_loaded(model, state)
+
+
+def test_nothing_is_loaded_where_strict_raises():
+    model = build("plain")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for strict in (True, "vit"):
+        with pytest.raises(ValueError, match="checkpoint: expected exactly"):
+            load_checkpoint(model, _without(_values(model), "blocks.3.norm1"), strict=strict)
+    assert _is_loaded(model, before)
+
+
+def test_layer_scales_of_deit_3_have_another_name():
+    model = build("plain")
+    vit = {key.replace(".gamma", ".gamma_"): v for key, v in _halves(model)[0].items()}
+    report = load_checkpoint(model, vit, strict="vit")
+    assert torch.equal(model.blocks[1].gamma2, vit["blocks.1.gamma_2"])
+    assert not any("gamma" in key for key in report.fresh if "injector" not in key)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {f"blocks.{index}.attn.q_norm.weight": torch.ones(16) for index in range(4)},
+        {f"interactions.{index}.injector.surprise": torch.ones(1) for index in range(4)},
+        {"norm_pre.weight": torch.ones(32), "norm_pre.bias": torch.ones(32)},
+    ],
+    ids=["qk norm", "interactions", "CLIP"],
+)
+def test_parts_that_the_model_does_not_have_are_refused(more):
+    model = build("plain")
+    with pytest.raises(ValueError, match=r"got blocks with |looks like a ViT with a norm before"):
+        load_checkpoint(model, _values(model) | more)
+
+
+def test_an_adapter_of_another_attention_is_refused():
+    model = build("plain")
+    with pytest.raises(ValueError, match=r"got blocks without .*value_proj"):
+        load_checkpoint(model, _values(build("plain", attention="dense")))

@@ -119,7 +119,7 @@ def test_dinov2_with_registers(stripped, side, size):
 def test_a_lost_key_that_timm_needs_is_named():
     file = _file(patch=14, registers="register_tokens")
     del file["cls_token"]
-    with pytest.raises(ValueError, match="checkpoint: expected 'cls_token', which timm's conver"):
+    with pytest.raises(ValueError, match=r"file that timm converts .* fails: KeyError: 'cls_tok"):
         load_checkpoint(_model("vit_small_patch14_reg4_dinov2"), file)
 
 
@@ -250,3 +250,58 @@ def test_augregs_npz_names_load_into_timms_model(timm):
         vit.blocks[3].mlp.fc1.weight.T,
         state["Transformer/encoderblock_3/MlpBlock_3/Dense_0/kernel"],
     )
+
+
+@pytest.mark.parametrize("depth", [4, 24])  # the adapter has more keys, and the ViT
+def test_a_vit_with_more_keys_than_its_adapter_takes_nothing_from_it(depth):
+    build = {"model_args": {**SIZES, "depth": depth}, **ADAPTER, "components": "spm+extractor"}
+    model = ViTAdapter.from_timm("vit_small_patch16_dinov3", **build)
+    file = {
+        key.replace("backbone.model.", "backbone."): torch.randn_like(value)
+        for key, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+    load_checkpoint(model, file, strict=True)
+    own = {k.replace("backbone.model.", "backbone."): v for k, v in model.state_dict().items()}
+    assert all(torch.equal(own[key], value) for key, value in file.items())
+
+
+def test_prefix_tokens_that_the_model_does_not_run_are_unexpected():
+    model = _model("deit3_small_patch16_224")
+    file = {k: v for k, v in _file(grid=None).items() if k != "mask_token"}
+    file |= {"pos_embed": _random(1, 14**2, WIDTH), "reg_token": _random(1, 4, WIDTH)}
+    assert load_checkpoint(model, file).unexpected == ("backbone.model.reg_token",)
+    with pytest.raises(ValueError, match=r"unexpected \(1\): backbone.model.reg_token"):
+        load_checkpoint(model, file, strict="vit")
+
+
+def test_deit_3s_own_names_load():
+    model = _model("deit3_small_patch16_224")
+    file = {k: v for k, v in _file(grid=None).items() if k != "mask_token"}
+    file["pos_embed"] = _random(1, 14**2, WIDTH)
+    own = {key.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v
+           for key, v in file.items()}  # fmt: skip
+    load_checkpoint(model, own, strict="vit")
+    assert torch.equal(model.backbone.model.blocks[2].ls2.gamma, file["blocks.2.ls2.gamma"])
+
+
+def test_other_depths_and_failing_conversions_are_refused():
+    file = {k: v for k, v in _file(grid=14).items() if ".ls" not in k}
+    deeper = ViTAdapter.from_timm(
+        "vit_tiny_patch16_224", model_args={**SIZES, "depth": 8}, **ADAPTER
+    )
+    with pytest.raises(ValueError, match="of 8 blocks, got 4"):
+        load_checkpoint(deeper, file)
+    with pytest.raises(ValueError, match="timm converts for Beit, got one with which it fails"):
+        load_checkpoint(_model("beitv2_base_patch16_224"), file)
+    two = _model("vit_tiny_patch16_224", num_interactions=2, feature_rule="new")
+    with pytest.raises(ValueError, match="of 4 interactions, got 2"):
+        load_checkpoint(_model("vit_tiny_patch16_224"), two.state_dict())
+
+
+def test_the_vit_may_be_compiled():
+    model = _model("vit_tiny_patch16_224")
+    file = {k: v for k, v in _file(grid=14).items() if ".ls" not in k}
+    model.backbone.model = torch.compile(model.backbone.model)
+    load_checkpoint(model, file, strict="vit")
+    assert torch.equal(model.backbone.model.blocks[0].norm1.weight, file["blocks.0.norm1.weight"])

@@ -65,7 +65,7 @@ def test_create_model_loads_a_checkpoint(tmp_path):
     assert _is_loaded(_model(checkpoint=path), state)
 
 
-@pytest.mark.parametrize("layout", ["mmcv", "timm", "deit", "mmengine"])
+@pytest.mark.parametrize("layout", ["mmcv", "timm", "deit"])
 @pytest.mark.parametrize("ema", [False, True], ids=["last", "average"])
 def test_averaged_weights_are_taken_when_asked_for(tmp_path, layout, ema):
     model = _model()
@@ -79,7 +79,6 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path, layout, ema):
         names = {
             "timm": ("state_dict", "state_dict_ema"),
             "deit": ("model", "model_ema"),
-            "mmengine": ("state_dict", "ema_state_dict"),
         }[layout]
         contents = {
             names[0]: last,
@@ -88,6 +87,20 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path, layout, ema):
     report = load_checkpoint(model, _save(tmp_path, contents), ema=ema, strict=True)
     assert _is_loaded(model, average if ema else last)
     assert len(report.ignored) == (len(average) if layout == "mmcv" else 0)
+
+
+@pytest.mark.parametrize("last_step", ["ema_state_dict", "current_model_state"])
+@pytest.mark.parametrize("ema", [False, True])
+def test_averages_that_were_swapped_into_state_dict_are_taken_in_any_case(last_step, ema):
+    model = _model()
+    last, average = _state(model), _state(model)
+    last = {f"module.backbone.{key}": value for key, value in last.items()}
+    contents = {
+        "state_dict": {f"backbone.{key}": value for key, value in average.items()},
+        last_step: {**last, "steps": torch.tensor(7)},
+    }
+    load_checkpoint(model, contents, ema=ema, strict=True)
+    assert _is_loaded(model, average)
 
 
 def _pretrained_vit(model, grid: int, extra: int = 1):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -83,18 +84,22 @@ class TimmViT(nn.Module):
         Raises:
             ValueError: the file lacks what the conversion needs.
         """
-        modules = [sys.modules[kind.__module__] for kind in type(self.model).__mro__]
+        model = getattr(self.model, "_orig_mod", self.model)  # of torch.compile
+        modules = [sys.modules[kind.__module__] for kind in type(model).__mro__]
         convert = next(filter(None, (getattr(m, "checkpoint_filter_fn", None) for m in modules)))
         given = {key: value for key, value in state.items() if key != "mask_token"}
+        if "blocks.0.ls1.gamma" in model.state_dict():  # gamma_1 in DeiT III
+            given = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in given.items()}
         if "register_tokens" in state or "blocks.0.mlp.w12.weight" in state:
             given["mask_token"] = next(iter(state.values()))  # by which timm knows DINOv2
         try:
             with redirect_stdout(None):  # a bias that the model does not have
-                result: dict[str, Tensor] = convert(given, self.model)
-        except KeyError as missing:
+                result: dict[str, Tensor] = convert(given, model)
+        except Exception as error:  # whatever a file of another model makes of it
             raise ValueError(
-                f"checkpoint: expected {missing}, which timm's conversion needs, got none"
-            ) from None
+                f"checkpoint: expected a file that timm converts for {type(model).__name__}, got "
+                f"one with which it fails: {type(error).__name__}: {error}"
+            ) from error
         for key, bias in state.items():
             if key.endswith("attn.qkv.bias") and not {key, _query_bias(key)} & result.keys():
                 query, _, value = bias.chunk(3)  # one of the keys has no effect

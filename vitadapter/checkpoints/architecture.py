@@ -78,7 +78,9 @@ class Architecture:
             stem = name.partition(".")[0]
             qkv = state.get(key.replace("relative_position_bias_table", "qkv.weight"))
             width = 0 if qkv is None else qkv.shape[-1]
-            if family == "a plain ViT" and "pos_embed" not in state:
+            if family == "a plain ViT" and "norm_pre.weight" in state:
+                family = "a ViT with a norm before its blocks, such as CLIP's"
+            elif family == "a plain ViT" and "pos_embed" not in state:
                 family = _ROTARY
             depth = depth_of(state, stem)
             return Architecture(family, width, depth, depth_of(state, "interactions"))
@@ -93,17 +95,26 @@ def depth_of(state: Iterable[str], stem: str) -> int:
     return max(found, default=-1) + 1
 
 
-def lacking_in_blocks(state: Iterable[str], target: Iterable[str]) -> list[str]:
-    """What all blocks of the target have, and none of the state_dict's, where it has blocks."""
-    given, expected = _names_in_blocks(state), _names_in_blocks(target)
-    if not given or not expected:
-        return []
-    return sorted(set.intersection(*expected).difference(*given))
+def differing_parts(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], set[str]]:
+    """How the blocks of two models differ in their parts, and so their interactions.
+
+    Returns:
+        What all of the target have and none of the state_dict's, and the converse, of lists of
+        which both have some.
+    """
+    lacking, surplus = set(), set()
+    given, expected = _parts(state), _parts(target)
+    for stem in given.keys() & expected.keys():
+        own, theirs = given[stem].values(), expected[stem].values()
+        lacking |= set.intersection(*theirs).difference(*own)
+        surplus |= set.intersection(*own).difference(*theirs)
+    return lacking, surplus
 
 
-def _names_in_blocks(keys: Iterable[str]) -> list[set[str]]:
-    blocks: dict[str, set[str]] = {}
+def _parts(keys: Iterable[str]) -> dict[str, dict[str, set[str]]]:
+    """For each of the lists, and each of its modules, the names in it."""
+    parts: dict[str, dict[str, set[str]]] = {}
     for key in keys:
-        if match := re.match(r"((?:blocks|layers)\.\d+)\.(.*)", key):
-            blocks.setdefault(match[1], set()).add(match[2])
-    return list(blocks.values())
+        if match := re.match(r"(blocks|layers|interactions)\.(\d+)\.(.*)", key):
+            parts.setdefault(match[1], {}).setdefault(match[2], set()).add(match[3])
+    return parts

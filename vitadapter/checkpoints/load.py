@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import IO, Any, Literal
@@ -18,14 +17,6 @@ from .names import find, tables_of
 from .target import Target, check_values
 
 _logger = logging.getLogger("vitadapter")
-
-# Parts of pre-trained files that no dense model has a use for.
-_UNUSED = re.compile(
-    r"(fc_norm|norm|head|head_dist|lm_head|pre_logits|decoder|dino_head|ibot_head|attn_pool)[._]"
-    r"|(mask_token|dist_token|cls_token|register_tokens|reg_token|storage_tokens|decoder_\w+)$"
-    r"|(cls_pt_layers|loss_prepare|token_embed|rope_embed)\b"
-    r"|.*(relative_position_index|attn\.qkv\.bias_mask)$"
-)
 
 
 @dataclass(frozen=True)
@@ -111,18 +102,19 @@ def load_checkpoint(
     if not tables:
         raise ValueError(
             "checkpoint: expected a state_dict, or mappings with one, got "
-            f"{', '.join(map(str, contents)) or 'nothing'}"
+            f"{', '.join(map(str, [*contents][:5])) or 'nothing'}"
         )
-    part = find(tables, target.models, ema=ema)
+    part = find(tables, target.models, least=target.least, ema=ema)
     if part is None:
         raise target.refusal({}, [key for table in tables.values() for key in table])
     check_values("checkpoint", part.state, "load it onto another device")
     state, resized = target.converted(part, grid)
+    target.check_halves(state, tables, part)
     fresh = target.fill_layer_scales(state)
-    unused = [key for key in state if key not in target.state and _UNUSED.match(target.bare(key))]
+    unused = [key for key in state if target.is_unused(key)]
     ignored = [*part.outside, *unused]
     state = {key: value for key, value in state.items() if key not in unused}
-    missing, unexpected = target.load(state)
+    missing, unexpected = target.compare(state)
     if not any(map(target.is_around_vit, state)):
         fresh += filter(target.is_around_vit, missing)
         missing = [key for key in missing if not target.is_around_vit(key)]
@@ -135,6 +127,7 @@ def load_checkpoint(
     if strict and differing:
         whose = "ViT" if strict == "vit" else "model"
         raise ValueError(f"checkpoint: expected exactly the {whose}'s keys, got\n{report}")
+    target.load(state)
     level = logging.WARNING if report.missing or report.unexpected else logging.INFO
     _logger.log(level, "load_checkpoint: %s", report)
     return report

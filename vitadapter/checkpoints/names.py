@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +22,13 @@ _WRAPPERS = re.compile(
 # Large models were saved in chunks of blocks, by DINOv2.
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.(?=norm|attn|mlp|ls)")
 # A name for weights averaged over training steps.
-_AVERAGED = re.compile(r"(^|_)(ema|averaged?)(_|$)")
+_AVERAGED = re.compile(r"(?i:(^|_)(ema|swa|averaged?)(_|$))|EMA")
 # mmcv keeps averages, or what they were swapped with, beside the weights: ema_backbone_up_bias.
 _FLAT_AVERAGED = "ema_"
+# Beside these, of mmengine and Lightning, state_dict holds the averages, and they the last step's.
+_LAST_STEP = {"ema_state_dict", "current_model_state"}
 # Names on the way to the model that is meant, where a file has several of the same keys.
-_USUAL = {
-    *("state_dict", "model", "model_state_dict", "module", "backbone", "encoder", "base_encoder"),
-    *("teacher", "net", "network", "weights"),
-}
+_USUAL = {"state_dict", "model", "model_state_dict", "module", "backbone", "base_encoder"}
 
 
 class Place(NamedTuple):
@@ -43,7 +43,7 @@ class Place(NamedTuple):
     front: str
 
     def __str__(self) -> str:
-        return " / ".join((*self.path, self.front) if self.front else self.path)
+        return " / ".join((*self.path, self.front) if self.front else self.path) or "no name"
 
     @property
     def segments(self) -> list[str]:
@@ -62,13 +62,13 @@ class Part:
 
     Attributes:
         kind: which of the models that were looked for.
-        front: what was before all its keys.
+        place: where it was.
         state: its tensors, by their keys without that.
         outside: the other tensors of the same mapping, by their whole keys.
     """
 
     kind: str
-    front: str
+    place: Place
     state: State
     outside: State
 
@@ -86,12 +86,20 @@ def without_chunks(key: str) -> str:
 def tables_of(
     contents: Mapping[Any, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Every mapping that has tensors, without wrappers in its keys, and where it is."""
-    table = {
-        without_wrappers(key): value
-        for key, value in contents.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    """Every mapping that has tensors, without wrappers in its keys, and where it is.
+
+    Raises:
+        ValueError: two keys differ in wrappers only.
+    """
+    table: State = {}
+    for key, value in contents.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            value = torch.from_numpy(value)
+        if isinstance(key, str) and isinstance(value, Tensor):
+            name = without_wrappers(key)
+            if name in table:
+                raise ValueError(f"checkpoint: expected one {name}, got two, of which one is {key}")
+            table[name] = value
     if any("encoderblock_0/" in key for key in table):
         table = _from_jax(table)
     if table:
@@ -101,10 +109,30 @@ def tables_of(
             yield from tables_of(value, (*path, str(key)))
 
 
+def places_of(
+    tables: Mapping[tuple[str, ...], State], names: Collection[str], rename: Callable[[str], str]
+) -> Counter[Place]:
+    """Where keys with these names are in a file, and how many.
+
+    Args:
+        tables: see `tables_of`.
+        names: of a model.
+        rename: makes one of the names of a file's.
+    """
+    counts: Counter[Place] = Counter()
+    for path, table in tables.items():
+        for key in table:
+            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+                if rename(key[start:]) in names:
+                    counts[Place(path, key[:start])] += 1
+    return counts
+
+
 def find(
     tables: Mapping[tuple[str, ...], State],
     models: Mapping[str, tuple[Collection[str], Callable[[str], str]]],
     *,
+    least: int,
     ema: bool,
 ) -> Part | None:
     """Finds a model by its keys, whatever is before them in the file, and around them.
@@ -112,6 +140,7 @@ def find(
     Args:
         tables: see `tables_of`.
         models: for each kind of model its keys, and what makes one of these of a file's name.
+        least: with fewer keys it is no such model, of which there may be several.
         ema: look for averaged weights; they are passed over otherwise.
 
     Returns:
@@ -121,14 +150,14 @@ def find(
         ValueError: there are no averaged weights, or only those; or more than one part has the
             same keys.
     """
-    counts = {kind: Counter[Place]() for kind in models}
-    for path, table in tables.items():
-        for key in table:
-            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
-                for kind, (names, rename) in models.items():
-                    if rename(key[start:]) in names:
-                        counts[kind][Place(path, key[:start])] += 1
-    found = {(kind, place): n for kind, of in counts.items() for place, n in of.items()}
+    last_step = [path for path in tables if _is_last_step(path, tables)]
+    if last_step:
+        tables, ema = {path: tables[path] for path in tables if path not in last_step}, False
+    found = {
+        (kind, place): number
+        for kind, (names, rename) in models.items()
+        for place, number in places_of(tables, names, rename).items()
+    }
     if not found:
         return None
     averaged = max((n for (_, place), n in found.items() if place.is_averaged), default=0)
@@ -141,10 +170,12 @@ def find(
             "checkpoint: expected weights of the last training step, got averaged ones only; take "
             "them by ema=True"
         )
-    wanted = {
-        key: n for key, n in found.items() if key[1].is_averaged == (ema and 2 * averaged >= last)
-    }
-    kind, place = _best(wanted, tables, {kind: len(names) for kind, (names, _) in models.items()})
+    takes_averaged = ema and 2 * averaged >= last
+    wanted = {key: n for key, n in found.items() if key[1].is_averaged == takes_averaged}
+    most = max(wanted.values())
+    kind = next(kind for kind in models if most in (n for (k, _), n in wanted.items() if k == kind))
+    equal = [place for (k, place), number in wanted.items() if k == kind and number == most]
+    place = _meant(equal, tables) if most >= least else equal[0]
     table = tables[place.path]
     state = {
         key.removeprefix(place.front): value
@@ -156,33 +187,37 @@ def find(
     outside = {key: value for key, value in table.items() if not key.startswith(place.front)}
     for key in [key for key in state if key.startswith(_FLAT_AVERAGED)]:
         outside[place.front + key] = state.pop(key)
-    return Part(kind, place.front, state, outside)
+    return Part(kind, place, state, outside)
 
 
-def _best(
-    found: Mapping[tuple[str, Place], int],
-    tables: Mapping[tuple[str, ...], State],
-    sizes: Mapping[str, int],
-) -> tuple[str, Place]:
-    """The kind and place with most keys; of equals the one with fewest names that are not usual."""
+def _is_last_step(path: tuple[str, ...], paths: Collection[tuple[str, ...]]) -> bool:
+    """Whether a mapping holds the last step's weights beside averages in state_dict."""
+    return any(
+        name in _LAST_STEP and any(p[: i + 1] == (*path[:i], "state_dict") for p in paths)
+        for i, name in enumerate(path)
+    )
 
-    def rank(candidate: tuple[str, Place]) -> tuple[int, int]:
-        return -found[candidate], sum(name not in _USUAL for name in candidate[1].segments)
 
-    best, *others = sorted(found, key=rank)
-    kind, place = best
-    if 4 * found[best] < sizes[kind]:
-        return best  # not this architecture, which is said later
-    for other in others:
-        if rank(other) != rank(best):
-            break
-        if other[0] == kind and not _are_same(tables, place, other[1]):
+def _meant(places: Sequence[Place], tables: Mapping[tuple[str, ...], State]) -> Place:
+    """Of models with the same keys the one that is meant, by the names on the way to it.
+
+    Raises:
+        ValueError: the names do not tell, and the values differ.
+    """
+    students = [place for place in places if "student" in place.segments]
+    if students and len(students) == len(places) - 1:
+        return next(place for place in places if place not in students)
+    usual = [place for place in places if _USUAL.issuperset(place.segments)]
+    if len(usual) == 1:
+        return usual[0]
+    for other in places[1:]:
+        if not _are_same(tables, places[0], other):
             raise ValueError(
-                f"checkpoint: expected one model, got two with the same keys, under {place} and "
-                f"under {other[1]}; give the mapping in which the wanted one is: "
-                f"load_checkpoint(model, contents[...])"
+                f"checkpoint: expected one model, got {len(places)} with the same keys, under "
+                f"{' and under '.join(map(str, places))}; give the mapping in which the wanted one "
+                "is alone, such as contents[...]"
             )
-    return best
+    return places[0]
 
 
 def _are_same(tables: Mapping[tuple[str, ...], State], one: Place, other: Place) -> bool:
@@ -236,7 +271,20 @@ def published_names(state: State) -> State:
 
 
 def _from_jax(state: State) -> State:
-    """Names and layouts of google-research/vision_transformer, in which a kernel is [in, out]."""
+    """Names and layouts of google-research/vision_transformer, in which a kernel is [in, out].
+
+    Raises:
+        ValueError: an array is missing.
+    """
+    try:
+        return _of_jax(state)
+    except KeyError as missing:
+        raise ValueError(
+            f"checkpoint: expected all arrays of AugReg's files, got none of {missing}"
+        ) from None
+
+
+def _of_jax(state: State) -> State:
     state = {key.removeprefix("opt/target/"): value for key, value in state.items()}
     result = {
         "patch_embed.proj.weight": state["embedding/kernel"].permute(3, 2, 0, 1),

@@ -13,9 +13,25 @@ from torch import Tensor, nn
 
 from .. import resize
 from ..pyramid import FeaturePyramid
-from .architecture import Architecture, State, lacking_in_blocks
-from .names import Part, published_name, published_names, without_chunks, without_wrappers
+from .architecture import Architecture, State, depth_of, differing_parts
+from .names import (
+    Part,
+    places_of,
+    published_name,
+    published_names,
+    without_chunks,
+    without_wrappers,
+)
 
+# Parts of pre-trained files that no dense model has a use for.
+_UNUSED = re.compile(
+    r"(fc_norm|norm)\."
+    r"|(head|head_dist|lm_head|pre_logits|decoder|dino_head|ibot_head|attn_pool)[._]"
+    r"|(mask_token|decoder_\w+)$"
+    r"|(cls_pt_layers|loss_prepare|token_embed|rope_embed)\b"
+    r"|.*(relative_position_index|attn\.qkv\.bias_mask)$"
+)
+_TOKENS = re.compile(r"(dist_token|cls_token|register_tokens|reg_token|storage_tokens)$")
 # [1, N, D]: tokens beside the class token.
 _REGISTERS = ("register_tokens", "reg_token", "storage_tokens")
 
@@ -53,8 +69,26 @@ class Target:
         """What to look for in a file, see `find`."""
         if not self.vit:
             return {"whole": (self.state.keys(), published_name)}
-        inner = {self.bare(key) for key in self.state if key.startswith(self.vit)}
-        return {"whole": (self.state.keys(), str), "vit": (inner, without_chunks)}
+        return {"whole": (self.state.keys(), self._under_vit), "vit": self._halves["ViT"]}
+
+    @property
+    def least(self) -> int:
+        """With fewer keys it is no such model."""
+        return len(self._halves["ViT"][0]) // 2
+
+    @property
+    def _halves(self) -> dict[str, tuple[Collection[str], Callable[[str], str]]]:
+        """Keys of the ViT and of what is around it, and what makes one of these of a file's."""
+        rename = without_chunks if self.vit else published_name
+        around = {key for key in self.state if self.is_around_vit(key)}
+        vit = {self.bare(key) for key in self.state.keys() - around}
+        return {"ViT": (vit, rename), "adapter": (around, rename)}
+
+    def _under_vit(self, key: str) -> str:
+        """The key of an adapter, some of which have the ViT's under backbone. alone."""
+        if key.startswith(self.vit) or not key.startswith("backbone."):
+            return key
+        return self.vit + without_chunks(key.removeprefix("backbone."))
 
     def bare(self, key: str) -> str:
         """A key without what is before the ViT's."""
@@ -75,8 +109,9 @@ class Target:
     def _published(self, part: Part, grid: tuple[int, int] | None) -> tuple[State, list[str]]:
         state = published_names(part.state)
         # An adapter whose ViT is a submodule: one of the two is what was found.
-        around = re.sub(r"backbone\.(model\.)?$", "", part.front)
-        is_vit = around != part.front and any(
+        front = part.place.front
+        around = re.sub(r"backbone\.(model\.)?$", "", front)
+        is_vit = around != front and any(
             key.startswith(around + "interactions.") for key in part.outside
         )
         stems = {key.partition(".")[0] for key in state}
@@ -85,9 +120,11 @@ class Target:
                 "checkpoint: expected a model of create_model or a ViT, got an adapter around "
                 "another ViT, under backbone.; build the model by ViTAdapter.from_timm or around"
             )
+        if "blocks.0.gamma1" in self.state:  # gamma_1 in DeiT III
+            state = {re.sub(r"\.gamma_([12])$", r".gamma\1", key): v for key, v in state.items()}
         expected, got = Architecture.of(self.state), Architecture.of(state)
         if got not in (expected, replace(expected, interactions=0)):
-            raise self.refusal(state, [*(part.front + key for key in part.state), *part.outside])
+            raise self.refusal(state, [*(front + key for key in part.state), *part.outside])
         fronts, has_tokens = _fronts(state)
         return state, _resize(state, self.state, grid, fronts, has_tokens)
 
@@ -142,37 +179,91 @@ class Target:
         state.update({key: torch.ones_like(self.state[key]) for key in keys})
         return keys
 
-    def load(self, state: State) -> tuple[list[str], list[str]]:
-        """Loads what the model has; returns keys of the model and of the state that are left.
+    def check_halves(
+        self, state: State, tables: Mapping[tuple[str, ...], State], part: Part
+    ) -> None:
+        """Raises ValueError where a file has the other half of a state_dict in another place."""
+        own = {self.is_around_vit(key) for key in state.keys() & self.state.keys()}
+        for (name, half), is_around in zip(self._halves.items(), (False, True), strict=True):
+            counts = places_of(tables, *half)
+            places = [place for place in counts if place.is_averaged == part.place.is_averaged]
+            best = max(places, key=counts.__getitem__, default=None)
+            if is_around not in own and best is not None and 2 * counts[best] >= len(half[0]):
+                raise ValueError(
+                    "checkpoint: expected ViT and adapter in one mapping, by the model's own keys, "
+                    f"got the {name} under {best} and the rest under {part.place}"
+                )
+
+    def is_unused(self, key: str) -> bool:
+        """Whether it is a key of parts that no dense model has a use for."""
+        if key in self.state:
+            return False
+        # timm's models run with tokens, of which each counts.
+        return bool(_UNUSED.match(self.bare(key)) or (not self.vit and _TOKENS.match(key)))
+
+    def compare(self, state: State) -> tuple[list[str], list[str]]:
+        """Keys that the model has and a state_dict has not, and the converse.
 
         Raises:
-            ValueError: shapes differ, or all blocks lack something.
+            ValueError: shapes or kinds of numbers differ, or all blocks do.
         """
-        lacking = lacking_in_blocks(map(self.bare, state), map(self.bare, self.state))
-        if lacking:
-            raise ValueError(
-                f"checkpoint: expected {self._expected}, got blocks without {', '.join(lacking)}"
-            )
+        bare = {self.bare(key) for key in state}
+        own = {self.bare(key) for key in self.state}
+        for stem in ("blocks", "layers", "interactions"):
+            number, expected = depth_of(bare, stem), depth_of(own, stem)
+            if number and expected and number != expected:
+                raise ValueError(
+                    f"checkpoint: expected {self._expected}, of {expected} {stem}, got {number}"
+                )
+        lacking, surplus = differing_parts(bare, own)
+        surplus -= {"attn.qkv.bias"}  # DINOv3's, see `TimmViT.convert`
+        if lacking or surplus:
+            parts = (("without", lacking), ("with", surplus))
+            text = " and ".join(f"{word} {', '.join(sorted(s))}" for word, s in parts if s)
+            raise ValueError(f"checkpoint: expected {self._expected}, got blocks {text}")
+        common = state.keys() & self.state.keys()
         wrong = [
-            f"{key}: expected {list(self.state[key].shape)}, got {list(value.shape)}"
-            for key, value in state.items()
-            if key in self.state and self.state[key].shape != value.shape
+            f"{key}: expected {list(self.state[key].shape)}, got {list(state[key].shape)}"
+            for key in self.state
+            if key in common and self.state[key].shape != state[key].shape
         ]
         if wrong:
             raise ValueError(
                 f"checkpoint: expected {self._expected}, got one of which {len(wrong)} shapes "
                 f"differ ({', '.join(wrong[:3])})"
             )
+        kinds = [
+            f"{key}: {state[key].dtype}"
+            for key in self.state
+            if key in common
+            and self.state[key].is_floating_point() > state[key].is_floating_point()
+        ]
+        if kinds:
+            raise ValueError(
+                f"checkpoint: expected floating-point weights, got {len(kinds)} others "
+                f"({', '.join(kinds[:3])})"
+            )
+        # Counters of batches are missing in old files, and count nothing here.
+        missing = [
+            key
+            for key in self.state
+            if key not in state and not key.endswith("num_batches_tracked")
+        ]
+        return missing, [key for key in state if key not in self.state]
+
+    def load(self, state: State) -> None:
+        """Loads what the model has."""
         own = {self._keys[key]: value for key, value in state.items() if key in self._keys}
-        result = self._model.load_state_dict(own, strict=False)
-        unexpected = [key for key in state if key not in self._keys]
-        return [without_wrappers(key) for key in result.missing_keys], unexpected
+        self._model.load_state_dict(own, strict=False)
 
     def refusal(self, state: State, others: Iterable[str]) -> ValueError:
         """An error that says what a file looks like."""
         got = Architecture.of(state, others)
+        remedy = got.remedy
+        if remedy and self.vit:
+            remedy = "; take the file that timm publishes, in its names, or pretrained=True"
         return ValueError(
-            f"checkpoint: expected {self._expected}, got one that looks like {got}{got.remedy}"
+            f"checkpoint: expected {self._expected}, got one that looks like {got}{remedy}"
         )
 
     @property
@@ -201,12 +292,24 @@ def _unwrapped(model: Any) -> FeaturePyramid:
 
 
 def check_values(name: str, state: Mapping[str, Tensor], remedy: str) -> None:
-    """Raises ValueError where tensors are on the meta device: copies from and to it do nothing."""
+    """Raises ValueError where tensors have no values: on the meta device, or empty ones."""
     without = [key for key, value in state.items() if value.is_meta]
     if without:
         raise ValueError(
             f"{name}: expected tensors that have values, got {len(without)} of {len(state)} on the "
             f"meta device ({', '.join(without[:3])}); {remedy} first"
+        )
+    sparse = [key for key, value in state.items() if value.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"{name}: expected dense tensors, got sparse ones: {', '.join(sparse[:3])}"
+        )
+    empty = [key for key, value in state.items() if not value.numel()]
+    if empty:
+        raise ValueError(
+            f"{name}: expected tensors that have values, got {len(empty)} empty ones "
+            f"({', '.join(empty[:3])}); DeepSpeed (ZeRO 3) keeps them apart, and its zero_to_fp32 "
+            "collects them"
         )
 
 
