@@ -67,14 +67,16 @@ def load_checkpoint(
     in a file is executed.
 
     The model is found in the file by its keys: in whatever mapping, and with whatever before them.
-    Of several with the same keys that of usual names is taken (state_dict, model, backbone, the
-    teacher and not the student). Files for models around timm's go through timm's own conversion.
+    Of several with the same keys the teacher beside students is taken, or that of which all names
+    are usual (state_dict, model, module, backbone). Files for models around timm's go through
+    timm's own conversion.
 
     Args:
         model: from `create_model`, `ViTAdapter.from_timm` or `ViTAdapter.around`; or one in
             torch.compile, DataParallel or DistributedDataParallel.
         checkpoint: a file's path, a file opened for reading bytes, or what was loaded from one.
         ema: take the weights averaged over training steps that some files hold beside the others.
+            Averages that a hook has put into state_dict (mmengine, Lightning) are taken anyway.
         strict: True: raise where a key is missing, unexpected or fresh. "vit": where a key of the
             ViT is missing, or one is unexpected.
         grid: (rows, columns) of the file's position embedding, where it was trained on images that

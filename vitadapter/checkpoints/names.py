@@ -20,7 +20,7 @@ _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 # Large models were saved in chunks of blocks, by DINOv2.
-_CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.(?=norm|attn|mlp|ls)")
+_CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.(?=norm|attn|mlp|ls|gamma)")
 # A name for weights averaged over training steps.
 _AVERAGED = re.compile(r"(?i:(^|_)(ema|swa|averaged?)(_|$))|EMA")
 # mmcv keeps averages, or what they were swapped with, beside the weights: ema_backbone_up_bias.
