@@ -93,6 +93,11 @@ class ViTAdapter(FeaturePyramid):
             TypeError: the backbone does not follow the protocol; the message says in what.
             ValueError: values are unknown, out of range or contradict each other.
         """
+        if isinstance(backbone, FeaturePyramid):
+            raise TypeError(
+                f"backbone: expected a vision transformer alone, got {type(backbone).__name__}, "
+                "which gives four maps already"
+            )
         check_backbone(backbone)
         check_options(options, _OPTIONS, "the backbone's attributes say what the ViT is")
         return WrappedAdapter(backbone, task=task, **options)
@@ -132,7 +137,8 @@ class ViTAdapter(FeaturePyramid):
         """
         from .backbones.timm import TimmViT
 
-        check_options(options, _OPTIONS, "arguments for timm.create_model go into model_args")
+        advice = "arguments for timm.create_model go into model_args"
+        check_options(options, _OPTIONS, advice, ("pretrained", "img_size", "model_args"))
         backbone = TimmViT(
             name,
             pretrained=pretrained,
@@ -386,15 +392,22 @@ class WrappedAdapter(ViTAdapter):
         Raises:
             ValueError: they are not what the protocol says.
         """
-        tokens, grid, steps = self.backbone.start(images)
+        started = self.backbone.start(images)
+        if not isinstance(started, tuple) or len(started) != 3:
+            raise ValueError(
+                f"backbone.start: expected tokens, grid and blocks, got {type(started).__name__}"
+            )
+        tokens, grid, steps = started
         if image_tools.is_symbolic(tokens):
             return tokens, grid, steps
-        shape = (images.shape[0], self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
-        if tokens.shape != shape or len(steps) != self.depth:
+        batch, _, height, width = images.shape
+        h, w = height // self.patch_size, width // self.patch_size
+        shape = (batch, self.num_prefix_tokens + h * w, self.embed_dim)
+        if tokens.shape != shape or tuple(grid) != (h, w) or len(steps) != self.depth:
             raise ValueError(
-                "backbone.start: expected tokens [B, P + h*w, D] and a callable for each block, "
-                f"which are {list(shape)} and {self.depth} for the grid {grid}, got "
-                f"{list(tokens.shape)} and {len(steps)}"
+                "backbone.start: expected tokens [B, P + h*w, D], the grid (h, w) and a callable "
+                f"for each block, which are {list(shape)}, {(h, w)} and {self.depth}, got "
+                f"{list(tokens.shape)}, {grid} and {len(steps)}"
             )
         return tokens, grid, steps
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from .layers.attention import ATTENTIONS
@@ -24,6 +25,13 @@ FAMILIES = ("plain_vit", "beit", "uniperceiver")
 # spm+extractor: the adapter without injectors; full: the adapter.
 COMPONENTS = ("full", "spm+extractor", "spm+injector", "spm")
 FEATURE_RULES = ("new", "old")
+_TYPES: dict[str, Any] = {
+    "int": Integral,
+    "float": Real,
+    "bool": bool,
+    "str": str,
+    "None": type(None),
+}
 _POSITIVE = (
     *("embed_dim", "depth", "num_heads", "adapter_heads", "pretrain_size", "patch_size"),
     *("n_points", "window_size", "conv_inplane", "deform_ratio", "mlp_ratio", "cffn_ratio"),
@@ -70,6 +78,7 @@ class AdapterConfig:
         with_cp: recompute activations in the backward pass (activation checkpointing).
 
     Raises:
+        TypeError: a value is of another type.
         ValueError: a value is out of range or contradicts another; the message names both.
     """
 
@@ -100,6 +109,7 @@ class AdapterConfig:
     with_cp: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         one_of("task", self.task, TASKS)
         one_of("attention", self.attention, tuple(ATTENTIONS))
         one_of("components", self.components, COMPONENTS)
@@ -110,6 +120,13 @@ class AdapterConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
+        for name, part in (("cffn_ratio", self.with_cffn), ("mlp_ratio", True)):
+            ratio = getattr(self, name, 1)
+            if part and int(self.embed_dim * ratio) < 1:
+                raise ValueError(
+                    f"{name}: expected a hidden width of at least 1, got {ratio} of embed_dim = "
+                    f"{self.embed_dim}"
+                )
         if self.naive_attention and self.attention != "dense":
             raise ValueError(
                 'naive_attention: expected attention="dense" beside it, '
@@ -118,6 +135,16 @@ class AdapterConfig:
         self._check_interactions()
         if self.ranges and self.components != "spm":  # there are injectors or extractors
             self._check_heads()
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, names = getattr(self, field.name), str(field.type).split(" | ")
+            if not set(names) <= _TYPES.keys() or (value is None and "None" in names):
+                continue
+            # A bool is an int, but no number of anything.
+            is_bool = isinstance(value, bool)
+            if is_bool != ("bool" in names) or not isinstance(value, _TYPES[names[0]]):
+                raise TypeError(f"{field.name}: expected {field.type}, got {value!r}")
 
     def _check_heads(self) -> None:
         heads, widths = self.adapter_heads, f"embed_dim = {self.embed_dim}"
@@ -147,16 +174,19 @@ class AdapterConfig:
 
     def _check_indexes(self, indexes: Sequence[Sequence[int]]) -> None:
         expected = 0
-        for pair in indexes:
-            if len(pair) != 2 or pair[0] != expected or pair[1] < pair[0]:
-                break
-            expected = pair[1] + 1
-        else:
-            if expected == self.depth:
-                return
+        try:
+            for first, last in indexes:
+                if first != expected or last < first:
+                    break
+                expected = last + 1
+            else:
+                if expected == self.depth:
+                    return
+        except (TypeError, ValueError):
+            pass  # no pairs
         raise ValueError(
             "interaction_indexes: expected pairs (first, last) that cover the blocks "
-            f"0 to {self.depth - 1} one after the other, got {list(indexes)}"
+            f"0 to {self.depth - 1} one after the other, got {indexes!r}"
         )
 
     @property
@@ -344,12 +374,25 @@ def field_names(kind: type[AdapterConfig]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def check_options(options: dict[str, Any], valid: Collection[str], advice: str = "") -> None:
-    """Raises ValueError, beginning with its name, for an option that is not among `valid`."""
+def check_options(
+    options: dict[str, Any],
+    valid: Collection[str],
+    advice: str = "",
+    others: Collection[str] = (),
+) -> None:
+    """Raises ValueError, beginning with its name, for an option that is not among `valid`.
+
+    Args:
+        options: as given.
+        valid: names.
+        advice: for the message.
+        others: names that may have been meant too.
+    """
     for name in options:
         if name in valid:
             continue
-        hints = [f"did you mean {near}?" for near in difflib.get_close_matches(name, valid, n=1)]
-        names = ", ".join(sorted(valid))
-        text = f"{name}: expected one of the options {names}, got {name}={options[name]!r}"
-        raise ValueError("; ".join(filter(None, (text, *hints, advice))))
+        near = difflib.get_close_matches(name, [*valid, *others], n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        text = f"{name}: expected one of the options below, got {name}={options[name]!r}"
+        names = f"options: {', '.join(sorted(valid))}"
+        raise ValueError("; ".join(filter(None, (text, hint, advice, names))))

@@ -160,7 +160,8 @@ def create_model(
     for key, value in (("num_interactions", num_interactions), ("pretrain_size", pretrain_size)):
         if value is not None:
             values[key] = value
-    check_options(overrides, field_names(ModelConfig))
+    own = [field for field in field_names(ModelConfig) if field != "family"]
+    check_options(overrides, own, others=("checkpoint",))
     config = ModelConfig(
         task=task,
         attention=attention,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -146,7 +147,7 @@ def test_detection_takes_any_divisor_of_the_depth(build, num_interactions):
     [
         ({"attention": "global"}, "attention: expected one of deformable, dense, cswin, pale"),
         ({"task": "depth"}, "task: expected one of detection, segmentation, got 'depth'"),
-        ({"colour": 1}, "^colour: expected one of .*cffn_ratio.*with_cp, got colour=1$"),
+        ({"colour": 1}, "^colour: expected one of .*got colour=1; options: .*cffn_ratio.*with_cp"),
         ({"drop_path": 0.1}, "^drop_path: .*got drop_path=0.1; did you mean drop_path_rate?"),
         ({"num_interactions": 3}, "num_interactions: expected 0 or a divisor of depth = 4, got 3"),
         ({"num_interactions": 2}, "num_interactions: expected 4 for segmentation.*got 2"),
@@ -190,3 +191,37 @@ def test_unknown_name_lists_the_valid_ones():
 def test_image_size_that_beit_cannot_serve_says_which_are_possible(img_size):
     with pytest.raises(ValueError, match=rf"img_size: expected a multiple of 32 .*got {img_size}"):
         vitadapter.create_model("beit_adapter_base", task="segmentation", img_size=img_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("conv_inplane", 8.0), ("conv_inplane", "8"), ("embed_dim", 48.0), ("num_heads", "3")),
+        *(("window_size", 2.5), ("n_points", True), ("pretrain_size", (64, 64))),
+        *(("img_size", (512, 512)), ("num_interactions", 2.0), ("cffn_ratio", "1")),
+        *(("freeze_backbone", "yes"), ("use_extra_extractor", 0), ("feature_rule", 1)),
+    ],
+)
+def test_values_of_other_types_are_refused(build, name, value):
+    with pytest.raises(TypeError, match=rf"^{name}: expected (int|float|bool|str).*, got "):
+        build(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers(build):
+    model = build(conv_inplane=np.int64(8), cffn_ratio=np.float32(0.5), deform_ratio=1)
+    assert model.config.conv_inplane == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"cffn_ratio": 0.001}, "cffn_ratio: expected a hidden width of at least 1, got 0.001 of"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio: expected a hidden width of at least 1"),
+        ({"interaction_indexes": [0, 1, 2, 3]}, r"interaction_indexes: .*, got \[0, 1, 2, 3\]"),
+        ({"interaction_indexes": 4}, "interaction_indexes: expected pairs"),
+        ({"family": "beit"}, "^family: expected one of the options below"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(build, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(**overrides)

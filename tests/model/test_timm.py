@@ -307,10 +307,10 @@ def test_shares_may_be_any_number_up_to_the_depth():
     ],
 )
 def test_options_that_are_not_the_adapters_are_named_first(timm, name, value):
-    text = rf"^{name}: expected one of .*conv_inplane.*got {name}={value}.*; .*go into model_args"
+    text = rf"^{name}: expected one of .*got {name}={value}; .*go into model_args; .*conv_inplane"
     with pytest.raises(ValueError, match=text):
         ViTAdapter.from_timm("deit_tiny_patch16_224", task="detection", **{name: value})
-    text = rf"^{name}: expected one of .*conv_inplane.*got {name}={value}.*backbone's attributes"
+    text = rf"^{name}: expected one of .*got {name}={value}; .*backbone's attributes.*conv_inplane"
     with pytest.raises(ValueError, match=text):
         ViTAdapter.around(_Ramp(16), task="detection", **{name: value})
 
@@ -371,7 +371,7 @@ def test_tokens_of_a_users_backbone_are_checked(name):
     setattr(backbone, name, getattr(backbone, name) + 6)
     model = ViTAdapter.around(backbone, task="detection", conv_inplane=8)
     delattr(backbone, name)
-    text = r"backbone.start: expected tokens .*grid \(4, 6\), got \[2, 25, 12\] and 4"
+    text = r"backbone.start: expected tokens .*got \[2, 25, 12\], \(4, 6\) and 4"
     with pytest.raises(ValueError, match=text):
         model(torch.randn(2, 3, 64, 96))
 
@@ -509,3 +509,51 @@ def test_norm_that_is_not_there_is_asked_for_by_name(build):
         ViTAdapter.around(_Ramp(16), task="detection", norm_taps=True)
     with pytest.raises(ValueError, match="norm_taps: expected False for plain_vit"):
         build(norm_taps=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_args": {"num_heads": 5}}, r"^name, model_args: .*'num_heads': 5.*AssertionError"),
+        ({"model_args": {"patch_size": 0}}, r"^name, model_args: .*ZeroDivisionError"),
+        ({"model_args": {"img_sz": 64}}, r"^name, model_args: .*unexpected keyword .*img_sz"),
+        ({"name": "vit_tiny_patch61_224"}, r"^name, model_args: .*got 'vit_tiny_patch61_224'"),
+        ({"img_size": 8}, r"^img_size: expected a patch of 16x16 pixels or more, got \(8, 8\)"),
+        ({"model_args": {"dtype": torch.float64}}, r"expected weights of torch.float32.*float64"),
+        ({"pretained": True}, r"^pretained: .*; did you mean pretrained\?"),
+        ({"num_interaction": 4}, r"^num_interaction: .*; did you mean num_interactions\?"),
+    ],
+)
+def test_arguments_that_timm_does_not_take_are_named(timm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ViTAdapter.from_timm(**{"name": "vit_tiny_patch16_224", "task": "detection", **arguments})
+
+
+def test_model_args_are_a_mapping(timm):
+    with pytest.raises(TypeError, match=r"^model_args: expected a dict, got \[1\]"):
+        ViTAdapter.from_timm("vit_tiny_patch16_224", task="detection", model_args=[1])
+
+
+def test_an_adapter_in_an_adapter_is_refused(build):
+    with pytest.raises(TypeError, match="backbone: expected a vision transformer alone, got Plain"):
+        ViTAdapter.around(build(), task="detection")
+
+
+class _Turned(_Ramp):
+    def start(self, images):
+        tokens, (h, w), steps = super().start(images)
+        return tokens, (w, h), steps
+
+
+class _Alone(_Ramp):
+    def start(self, images):
+        return super().start(images)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(_Turned, r"\(6, 4\) and 4$"), (_Alone, "got Tensor")]
+)
+def test_what_a_users_backbone_starts_with_is_checked(kind, message):
+    model = ViTAdapter.around(kind(16), task="detection", conv_inplane=8)
+    with pytest.raises(ValueError, match=rf"^backbone.start: expected tokens.*{message}"):
+        model(torch.randn(2, 3, 64, 96))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from ..images import of_traced_size
 from .beit import with_class_token
 from .protocol import Grid, Step
+
+# What timm and torch raise for them.
+_WRONG_ARGUMENTS = (
+    *(ArithmeticError, AssertionError, KeyError, RuntimeError, TypeError, ValueError),
+)
 
 
 class TimmViT(nn.Module):
@@ -188,18 +193,34 @@ def _create(
                 )
         _check_plain(model)
         return model
+    if not isinstance(model_args, Mapping):
+        raise TypeError(f"model_args: expected a dict, got {model_args!r}")
     arguments = {"num_classes": 0, **model_args}
     if img_size is not None:
         arguments["img_size"] = img_size
+    # The images are padded already. But timm's check of that writes their size into a message,
+    # which makes it a constant for torch.compile; padding by nothing does not.
+    dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
     try:
-        # The images are padded already. But timm's check of that writes their size into a
-        # message, which makes it a constant for torch.compile; padding by nothing does not.
-        dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
-        model = timm.create_model(model, pretrained=pretrained, **{**dynamic, **arguments})
-    except TypeError:  # a model of one image size
-        model = timm.create_model(model, pretrained=pretrained, **arguments)
-    _check_plain(model)
-    return model
+        try:
+            vit = timm.create_model(model, pretrained=pretrained, **{**dynamic, **arguments})
+        except TypeError:  # a model of one image size
+            vit = timm.create_model(model, pretrained=pretrained, **arguments)
+    # What timm and torch make of wrong arguments.
+    except (
+        ArithmeticError,
+        AssertionError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"name, model_args: expected what timm.create_model takes, got {model!r}, "
+            f"{arguments}: {type(error).__name__}: {error}"
+        ) from error
+    _check_plain(vit)
+    return vit
 
 
 def _check_plain(model: Any) -> None:
@@ -228,6 +249,15 @@ def _check_plain(model: Any) -> None:
     rows, columns = embed.patch_size
     if rows != columns:
         raise ValueError(f"name: expected square patches, got {rows}x{columns} pixels")
+    if not all(embed.grid_size):
+        raise ValueError(
+            f"img_size: expected a patch of {rows}x{columns} pixels or more, got {embed.img_size}"
+        )
+    if embed.proj.weight.dtype != torch.get_default_dtype():
+        raise ValueError(
+            f"name, model_args: expected weights of {torch.get_default_dtype()}, as the adapter's, "
+            f"got {embed.proj.weight.dtype}; convert both afterwards, by model.to(dtype)"
+        )
     # Whoever wants more tokens changes the stride; positions and patch_size know nothing of it.
     stride = tuple(getattr(embed.proj, "stride", embed.patch_size))
     if stride != tuple(embed.patch_size):
