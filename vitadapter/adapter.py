@@ -133,6 +133,7 @@ class ViTAdapter(FeaturePyramid):
 
         Raises:
             ModuleNotFoundError: timm is not installed.
+            TypeError: name is neither a string nor a module, or is compiled.
             ValueError: timm's model is not a plain vision transformer, or options are wrong.
         """
         from .backbones.timm import TimmViT
@@ -143,7 +144,7 @@ class ViTAdapter(FeaturePyramid):
             name,
             pretrained=pretrained,
             img_size=img_size,
-            model_args=model_args or {},
+            model_args={} if model_args is None else model_args,
             with_norm=bool(options.get("norm_taps")),
         )
         return WrappedAdapter(backbone, task=task, **options)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -116,7 +117,7 @@ class AdapterConfig:
         if self.feature_rule is not None:
             one_of("feature_rule", self.feature_rule, FEATURE_RULES)
         for name in _POSITIVE:
-            if not getattr(self, name, 1) > 0:
+            if not 0 < getattr(self, name, 1) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
@@ -176,7 +177,8 @@ class AdapterConfig:
         expected = 0
         try:
             for first, last in indexes:
-                if first != expected or last < first:
+                integers = isinstance(first, Integral) and isinstance(last, Integral)
+                if not integers or first != expected or last < first:
                     break
                 expected = last + 1
             else:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,9 @@ def test_numbers_of_numpy_are_numbers(build):
         ({"mlp_ratio": 0.001}, "mlp_ratio: expected a hidden width of at least 1"),
         ({"interaction_indexes": [0, 1, 2, 3]}, r"interaction_indexes: .*, got \[0, 1, 2, 3\]"),
         ({"interaction_indexes": 4}, "interaction_indexes: expected pairs"),
+        ({"interaction_indexes": [(0, 1.0), (2, 3)]}, "^interaction_indexes: expected pairs"),
+        ({"interaction_indexes": [(0.0, 1), (2, 3)]}, "^interaction_indexes: expected pairs"),
+        ({"cffn_ratio": math.inf}, "^cffn_ratio: expected a positive number, got inf"),
         ({"family": "beit"}, "^family: expected one of the options below"),
     ],
 )

@@ -517,7 +517,12 @@ def test_norm_that_is_not_there_is_asked_for_by_name(build):
         ({"model_args": {"num_heads": 5}}, r"^name, model_args: .*'num_heads': 5.*AssertionError"),
         ({"model_args": {"patch_size": 0}}, r"^name, model_args: .*ZeroDivisionError"),
         ({"model_args": {"img_sz": 64}}, r"^name, model_args: .*unexpected keyword .*img_sz"),
-        ({"name": "vit_tiny_patch61_224"}, r"^name, model_args: .*got 'vit_tiny_patch61_224'"),
+        ({"model_args": {"patch_size": (16,)}}, r"^name, model_args: .*IndexError"),
+        ({"name": "vit_tiny_patch61_224"}, r"Unknown model.*did you mean .*vit_tiny_patch16_224"),
+        (
+            {"name": "vit_tiny_patch16_224.augreg_in12k"},
+            r"Invalid pretrained tag.*did you mean vit_tiny_patch16_224\.augreg_in21k",
+        ),
         ({"img_size": 8}, r"^img_size: expected a patch of 16x16 pixels or more, got \(8, 8\)"),
         ({"model_args": {"dtype": torch.float64}}, r"expected weights of torch.float32.*float64"),
         ({"pretained": True}, r"^pretained: .*; did you mean pretrained\?"),
@@ -529,9 +534,30 @@ def test_arguments_that_timm_does_not_take_are_named(timm, arguments, message):
         ViTAdapter.from_timm(**{"name": "vit_tiny_patch16_224", "task": "detection", **arguments})
 
 
-def test_model_args_are_a_mapping(timm):
-    with pytest.raises(TypeError, match=r"^model_args: expected a dict, got \[1\]"):
-        ViTAdapter.from_timm("vit_tiny_patch16_224", task="detection", model_args=[1])
+def test_a_known_name_gets_no_other_suggested(timm):
+    with pytest.raises(ValueError, match=r"unexpected keyword argument 'img_sz'$"):
+        ViTAdapter.from_timm("vit_tiny_patch16_224", task="detection", model_args={"img_sz": 64})
+
+
+@pytest.mark.parametrize("value", [[1], []])
+def test_model_args_are_a_mapping(timm, value):
+    with pytest.raises(TypeError, match=r"^model_args: expected a dict, got \["):
+        ViTAdapter.from_timm("vit_tiny_patch16_224", task="detection", model_args=value)
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_a_model_of_timm_is_a_name_or_a_module(timm, value):
+    with pytest.raises(TypeError, match=rf"^name: expected the name of a timm .*, got {value}$"):
+        ViTAdapter.from_timm(value, task="detection")
+
+
+def test_compiled_models_are_refused(timm, build):
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    with pytest.raises(TypeError, match=r"^name: expected a module that is not compiled.*compile"):
+        ViTAdapter.from_timm(torch.compile(vit), task="detection")
+    for module in (vit, _Ramp(16), build()):
+        with pytest.raises(TypeError, match=r"^backbone: .*not compiled.*; compile the"):
+            ViTAdapter.around(torch.compile(module), task="detection")
 
 
 def test_an_adapter_in_an_adapter_is_refused(build):

@@ -49,7 +49,8 @@ def check_backbone(backbone: Any) -> None:
     """Checks what an adapter is to be built around.
 
     Raises:
-        TypeError: it is no module, lacks a part of `Backbone`, or one is not of its type.
+        TypeError: it is no module or compiled, lacks a part of `Backbone`, or has one of another
+            type.
         ValueError: a size is not positive.
     """
     if not isinstance(backbone, nn.Module):
@@ -57,6 +58,7 @@ def check_backbone(backbone: Any) -> None:
             f"backbone: expected a torch.nn.Module, got {backbone!r}; ViTAdapter.from_timm takes "
             "the names of timm's models"
         )
+    check_not_compiled("backbone", backbone)
     kind = type(backbone)
     missing = [name for name in (*Backbone.__annotations__, "start") if not hasattr(backbone, name)]
     if missing:
@@ -81,3 +83,15 @@ def check_backbone(backbone: Any) -> None:
             raise ValueError(f"backbone.{name}: expected {least} or more, got {value}")
     if not callable(backbone.start):
         raise TypeError(f"backbone.start: expected a method, got {backbone.start!r}")
+
+
+def check_not_compiled(name: str, model: nn.Module) -> None:
+    """Raises TypeError, beginning with `name`, for a result of torch.compile.
+
+    The adapter calls a ViT's parts one by one, which compiling its forward does not affect.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"{name}: expected a module that is not compiled, got {type(model).__name__}; compile "
+            "the adapter around it instead"
+        )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from ..images import of_traced_size
 from .beit import with_class_token
-from .protocol import Grid, Step
+from .protocol import Grid, Step, check_not_compiled
 
-# What timm and torch raise for them.
+# What timm and torch raise for wrong arguments.
 _WRONG_ARGUMENTS = (
-    *(ArithmeticError, AssertionError, KeyError, RuntimeError, TypeError, ValueError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
+    ValueError,
 )
 
 
@@ -43,6 +45,7 @@ class TimmViT(nn.Module):
 
     Raises:
         ModuleNotFoundError: timm is not installed.
+        TypeError: the model is neither a name nor a module, or is compiled.
         ValueError: the model is not a plain vision transformer, or drops patches; or it is made
             already, and there are arguments to make it with.
     """
@@ -191,6 +194,9 @@ def _create(
                     f"{name}: expected to be left out with a model that timm has made already, "
                     f"got {value!r}; give it to timm.create_model"
                 )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"name: expected the name of a timm model or the model, got {model!r}")
+        check_not_compiled("name", model)
         _check_plain(model)
         return model
     if not isinstance(model_args, Mapping):
@@ -206,18 +212,13 @@ def _create(
             vit = timm.create_model(model, pretrained=pretrained, **{**dynamic, **arguments})
         except TypeError:  # a model of one image size
             vit = timm.create_model(model, pretrained=pretrained, **arguments)
-    # What timm and torch make of wrong arguments.
-    except (
-        ArithmeticError,
-        AssertionError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _WRONG_ARGUMENTS as error:
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        near = [] if model in known else difflib.get_close_matches(model, known)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
             f"name, model_args: expected what timm.create_model takes, got {model!r}, "
-            f"{arguments}: {type(error).__name__}: {error}"
+            f"{arguments}: {type(error).__name__}: {error}{hint}"
         ) from error
     _check_plain(vit)
     return vit
