@@ -81,7 +81,11 @@ def position_embedding(
 
 
 def _split_entries(
-    name: str, entries: int, grid: tuple[int, int] | None, extra: Collection[int]
+    name: str,
+    entries: int,
+    grid: tuple[int, int] | None,
+    extra: Collection[int],
+    remedy: str = "; if their grid is another one, give it as grid=(rows, columns)",
 ) -> tuple[int, tuple[int, int]]:
     """Entries before the grid, and its sides."""
     for front in sorted(extra):
@@ -93,7 +97,7 @@ def _split_entries(
     if grid is None:
         raise ValueError(
             f"{name}: expected a square grid after {numbers} entries of class and other tokens, "
-            f"got {entries} entries; if their grid is another one, give it as grid=(rows, columns)"
+            f"got {entries} entries{remedy}"
         )
     raise ValueError(
         f"grid: expected rows x columns that give the {entries} entries of {name} with {numbers} "
@@ -110,14 +114,9 @@ def check_grid(name: str, tokens: Tensor, grid: tuple[int, int], front: int) -> 
         grid: (h, w).
         front: P.
     """
-    number = tokens.shape[1] - front
-    side = math.isqrt(max(number, 0))
-    shape = grid if grid[0] * grid[1] == number else (side, side)
-    if shape[0] * shape[1] != number or number < 1:
-        raise ValueError(
-            f"{name}: expected a square grid after {front} entries of class and other tokens, got "
-            f"{tokens.shape[1]} entries"
-        )
+    entries = tokens.shape[1]
+    fits = front + grid[0] * grid[1] == entries
+    _, shape = _split_entries(name, entries, grid if fits else None, (front,), remedy="")
     check_rows(name, tokens[0, front:], shape)
 
 

@@ -17,19 +17,7 @@ from families import FAMILIES, build
 
 import vitadapter
 from vitadapter import ViTAdapter, load_checkpoint
-
-
-def _values(model):
-    """Random values of the model's shapes."""
-    return {
-        key: torch.randn_like(value) if value.is_floating_point() else value.clone()
-        for key, value in model.state_dict().items()
-    }
-
-
-def _is_loaded(model, state) -> bool:
-    own = model.state_dict()
-    return all(torch.equal(own[key], value) for key, value in state.items())
+from weights import is_loaded, values
 
 
 def _behind(front, state):
@@ -70,9 +58,9 @@ class _Around(nn.Module):
 @pytest.mark.parametrize("family", ["plain", "beit", "uniperceiver", "vitdet"])
 def test_whatever_is_in_front_of_all_keys_is_taken_off(front, family):
     model = build(family)
-    state = _values(model)
+    state = values(model)
     report = load_checkpoint(model, _behind(front, state), strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
     assert report.ignored == ()
 
 
@@ -92,19 +80,19 @@ def test_whatever_is_in_front_of_all_keys_is_taken_off(front, family):
 )
 def test_containers_are_found_by_their_contents(contents):
     model = build("plain")
-    state = _values(model)
+    state = values(model)
     load_checkpoint(model, contents(state), strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
 
 
 @pytest.mark.parametrize("name", ["backbone", "body", "level_embed_net"])
 def test_outer_keys_with_names_like_ours_do_not_stop_it(name):
     model = build("plain")
-    state = _values(model)
+    state = values(model)
     report = load_checkpoint(
-        model, _values(_Around(name, build("plain"))) | _behind(f"{name}.", state)
+        model, values(_Around(name, build("plain"))) | _behind(f"{name}.", state)
     )
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
     assert report.ignored == (
         *("blocks.0.bias", "blocks.0.weight", "level_embed", "norm1.bias", "norm1.weight"),
     )
@@ -113,7 +101,7 @@ def test_outer_keys_with_names_like_ours_do_not_stop_it(name):
 @pytest.mark.parametrize("wrap", ["block", "FSDP of blocks", "checkpointed"])
 def test_wrappers_of_single_blocks_are_taken_out_of_the_middle(wrap):
     model, other = build("plain"), build("plain")
-    state = _values(other)
+    state = values(other)
     if wrap == "block":
         other.blocks[1] = torch.compile(other.blocks[1])
         other.load_state_dict(
@@ -128,7 +116,7 @@ def test_wrappers_of_single_blocks_are_taken_out_of_the_middle(wrap):
         }[wrap]
         file = {key.replace("blocks.2.", f"blocks.2.{inner}."): v for key, v in state.items()}
     load_checkpoint(model, file, strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
 
 
 @pytest.fixture
@@ -143,7 +131,7 @@ def process_group(tmp_path):
 @pytest.mark.parametrize("kind", ["compiled", "DataParallel", "DDP", "DDP of compiled", "blocks"])
 def test_the_target_may_be_wrapped(kind, process_group):
     model = build("plain")
-    state = _values(model)
+    state = values(model)
     target = model
     if kind == "blocks":
         model.blocks[0] = torch.compile(model.blocks[0])
@@ -171,25 +159,25 @@ def test_a_model_that_is_none_of_ours_is_refused():
 
 def test_of_teacher_and_student_the_teacher_is_taken():
     model = build("plain")
-    teacher = _values(model)
-    load_checkpoint(model, {"student": _values(model), "teacher": _behind("backbone.", teacher)})
-    assert _is_loaded(model, teacher)
+    teacher = values(model)
+    load_checkpoint(model, {"student": values(model), "teacher": _behind("backbone.", teacher)})
+    assert is_loaded(model, teacher)
 
 
 def test_several_models_are_refused_unless_they_are_the_same():
     model = build("plain")
-    state = _values(model)
+    state = values(model)
     with pytest.raises(ValueError, match=r"got 2 with the same keys, under first and under sec"):
-        load_checkpoint(model, {"first": state, "second": _values(model)})
+        load_checkpoint(model, {"first": state, "second": values(model)})
     with pytest.raises(ValueError, match=r"under left\.net\. and under right\.net\."):
-        load_checkpoint(model, _behind("left.net.", state) | _behind("right.net.", _values(model)))
+        load_checkpoint(model, _behind("left.net.", state) | _behind("right.net.", values(model)))
     load_checkpoint(model, {"first": state, "second": {k: v.clone() for k, v in state.items()}})
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
 
 
 def test_averages_are_refused_where_there_are_none_and_not_taken_unasked():
     model = build("plain")
-    state = _values(model)
+    state = values(model)
     with pytest.raises(ValueError, match="ema: expected a file with averaged weights"):
         load_checkpoint(model, {"state_dict": state}, ema=True)
     with pytest.raises(ValueError, match="ema: expected a file with averaged weights"):
@@ -197,12 +185,12 @@ def test_averages_are_refused_where_there_are_none_and_not_taken_unasked():
     with pytest.raises(ValueError, match=r"got averaged ones only; take them by ema=True"):
         load_checkpoint(model, {"model_ema": state})
     load_checkpoint(model, {"state_dict": _behind("ema_model.module.", state)}, ema=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
 
 
 def test_one_lost_key_of_the_vit_is_seen_beside_a_fresh_adapter(caplog):
     model = build("plain")
-    vit = {k: v for k, v in _values(model).items() if k.startswith(("patch", "pos", "blocks"))}
+    vit = {k: v for k, v in values(model).items() if k.startswith(("patch", "pos", "blocks"))}
     with caplog.at_level(logging.INFO, "vitadapter"):
         report = load_checkpoint(model, vit, strict="vit")
     assert report.missing == ()
@@ -220,14 +208,14 @@ def test_one_lost_key_of_the_vit_is_seen_beside_a_fresh_adapter(caplog):
     with pytest.raises(ValueError, match=r"the ViT's keys, got\nmissing \(1\): blocks.2.attn.proj"):
         load_checkpoint(model, vit, strict="vit")
     with pytest.raises(ValueError, match=r"unexpected \(1\): blocks.0.surprise"):
-        load_checkpoint(model, _values(model) | {"blocks.0.surprise": torch.zeros(1)}, strict="vit")
+        load_checkpoint(model, values(model) | {"blocks.0.surprise": torch.zeros(1)}, strict="vit")
     with pytest.raises(ValueError, match=r'strict: expected True, False or "vit", got .backbone'):
         load_checkpoint(model, vit, strict="backbone")
 
 
 def test_keys_that_an_adapters_file_lacks_are_missing_and_not_fresh():
     model = build("plain")
-    state = _without(_values(model), "interactions.1.extractor.ffn")
+    state = _without(values(model), "interactions.1.extractor.ffn")
     report = load_checkpoint(model, state, strict="vit")
     assert report.fresh == ()
     assert len(report.missing) == 8
@@ -237,19 +225,19 @@ def test_keys_that_an_adapters_file_lacks_are_missing_and_not_fresh():
 
 def test_layer_scales_of_a_file_without_are_one():
     model = build("plain")  # other than one
-    file = {k: v for k, v in _values(model).items() if "gamma" not in k or "injector" in k}
+    file = {k: v for k, v in values(model).items() if "gamma" not in k or "injector" in k}
     report = load_checkpoint(model, file)
     assert report.missing == ()
     assert report.fresh == tuple(f"blocks.{i}.gamma{n}" for i in range(4) for n in (1, 2))
     assert all(torch.equal(block.gamma2, torch.ones(32)) for block in model.blocks)
     # One that is lost is no such file.
-    file = _without(_values(model), "blocks.1.gamma1")
+    file = _without(values(model), "blocks.1.gamma1")
     assert load_checkpoint(model, file).missing == ("blocks.1.gamma1",)
 
 
 def _dino(registers: str = "storage_tokens", **more):
     """Keys of DINOv3's files for a width of 32, of DINOv2's with a position embedding."""
-    state = _without(_values(build("plain")), *build("plain").own_parts, "pos_embed")
+    state = _without(values(build("plain")), *build("plain").own_parts, "pos_embed")
     state = {
         key.replace(".gamma", ".ls").replace("ls1", "ls1.gamma"): v for key, v in state.items()
     }
@@ -261,11 +249,11 @@ def test_vits_without_a_position_embedding_are_refused():
     model = build("plain")
     with pytest.raises(ValueError, match=r"looks like DINOv3, .* ViTAdapter.from_timm"):
         load_checkpoint(model, _dino(**{"rope_embed.periods": torch.randn(4)}))
-    before = _values(model)
+    before = values(model)
     model.load_state_dict(before)
     with pytest.raises(ValueError, match="looks like DINOv3"):
         load_checkpoint(model, _without(before, "pos_embed"))
-    assert _is_loaded(model, before)
+    assert is_loaded(model, before)
 
 
 @pytest.mark.parametrize("lost", ["mlp.fc1.weight", "norm2.bias", "attn.proj.weight"])
@@ -273,7 +261,7 @@ def test_blocks_of_another_kind_are_refused(lost):
     model = build("plain")
     file = {
         key.replace("mlp.fc1.", "mlp.w12."): value
-        for key, value in _values(model).items()
+        for key, value in values(model).items()
         if not key.endswith(lost) or not key.startswith("blocks.")
     }
     with pytest.raises(ValueError, match=rf"expected a plain ViT .*got blocks without .*{lost}"):
@@ -322,12 +310,12 @@ def _around(**options):
 
 def test_an_adapter_around_a_users_vit_loads_its_own_file_and_the_vits():
     model = _around()
-    state = _values(model)
+    state = values(model)
     load_checkpoint(model, {"state_dict": _behind("module.", state)}, strict=True)
-    assert _is_loaded(model, state)
-    vit = _values(model.backbone)
+    assert is_loaded(model, state)
+    vit = values(model.backbone)
     report = load_checkpoint(model, {"teacher": _behind("backbone.", vit)}, strict="vit")
-    assert _is_loaded(model.backbone, vit)
+    assert is_loaded(model.backbone, vit)
     assert {key.split(".")[0] for key in report.fresh} == set(model.own_parts)
 
 
@@ -337,15 +325,15 @@ def test_files_are_never_loaded_by_half():
     with pytest.raises(
         ValueError, match=r"around another ViT, under backbone\.; build .*from_timm"
     ):
-        load_checkpoint(published, {"state_dict": _values(around)})
+        load_checkpoint(published, {"state_dict": values(around)})
     with pytest.raises(
         ValueError, match=r"around another ViT, under backbone\.; build .*from_timm"
     ):
-        load_checkpoint(published, _behind("net.", _values(around)))
+        load_checkpoint(published, _behind("net.", values(around)))
     with pytest.raises(
         ValueError, match=r"got a model of create_model, .*; build the model by crea"
     ):
-        load_checkpoint(around, _values(published))
+        load_checkpoint(around, values(published))
 
 
 def _vit_of(family: str) -> str:
@@ -355,15 +343,15 @@ def _vit_of(family: str) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_vit_takes_the_file_of_another(family):
     model = build(family)
-    load_checkpoint(model, _behind("backbone.", _values(build(family))), strict=True)
+    load_checkpoint(model, _behind("backbone.", values(build(family))), strict=True)
     for other in FAMILIES:
         if _vit_of(other) != _vit_of(family):
             with pytest.raises(ValueError, match=r"^checkpoint: expected .* got one that looks"):
-                load_checkpoint(model, _behind("backbone.", _values(build(other))))
+                load_checkpoint(model, _behind("backbone.", values(build(other))))
 
 
 def _halves(model):
-    state = _values(model)
+    state = values(model)
     vit = {key: value for key, value in state.items() if not key.startswith((*model.own_parts,))}
     return vit, {key: value for key, value in state.items() if key not in vit}
 
@@ -383,26 +371,26 @@ def test_halves_in_two_places_are_refused(depth):
 
 def test_names_that_do_not_tell_which_model_is_meant():
     model = build("plain")
-    state, vit = _values(model), _halves(model)[0]
+    state, vit = values(model), _halves(model)[0]
     for file in (
-        _behind("rgb.", state) | _behind("depth.stream.", _values(model)),
-        {"old": state, "trainer": {"new": _values(model)}},
-        _behind("architecture.backbone.", state) | _behind("teacher.backbone.", _values(model)),
+        _behind("rgb.", state) | _behind("depth.stream.", values(model)),
+        {"old": state, "trainer": {"new": values(model)}},
+        _behind("architecture.backbone.", state) | _behind("teacher.backbone.", values(model)),
         {"encoder": vit, "target_encoder": _halves(model)[0]},
         {"q": vit, "k": _halves(model)[0]},
         _behind("backbone.original_module.", state)
-        | _behind("backbone.modules_to_save.default.", _values(model)),
+        | _behind("backbone.modules_to_save.default.", values(model)),
     ):
         with pytest.raises(ValueError, match=r"expected one model, got 2 with the same keys"):
             load_checkpoint(model, file)
-    usual = {"model": state, "best_model": _values(model), "queue": torch.zeros(2)}
+    usual = {"model": state, "best_model": values(model), "queue": torch.zeros(2)}
     load_checkpoint(model, usual, strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
 
 
 def test_values_that_are_no_weights_are_refused():
     model = build("plain")
-    state = _values(model)
+    state = values(model)
     key = "blocks.0.attn.qkv.weight"
     for value, message in (
         (torch.zeros(96, 32, dtype=torch.int8), "expected floating-point weights, got 1 others"),
@@ -416,7 +404,7 @@ def test_values_that_are_no_weights_are_refused():
         load_checkpoint(model, state | {"_orig_mod.level_embed": state["level_embed"]})
     load_checkpoint(model, {k: v.half() if v.is_floating_point() else v for k, v in state.items()})
     load_checkpoint(model, {"state": {key: v.numpy() for key, v in state.items()}}, strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
 
 
 def test_nothing_is_loaded_where_strict_raises():
@@ -424,8 +412,8 @@ def test_nothing_is_loaded_where_strict_raises():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for strict in (True, "vit"):
         with pytest.raises(ValueError, match="checkpoint: expected exactly"):
-            load_checkpoint(model, _without(_values(model), "blocks.3.norm1"), strict=strict)
-    assert _is_loaded(model, before)
+            load_checkpoint(model, _without(values(model), "blocks.3.norm1"), strict=strict)
+    assert is_loaded(model, before)
 
 
 def test_layer_scales_of_deit_3_have_another_name():
@@ -448,10 +436,10 @@ def test_layer_scales_of_deit_3_have_another_name():
 def test_parts_that_the_model_does_not_have_are_refused(more):
     model = build("plain")
     with pytest.raises(ValueError, match=r"got blocks with |looks like a ViT with a norm before"):
-        load_checkpoint(model, _values(model) | more)
+        load_checkpoint(model, values(model) | more)
 
 
 def test_an_adapter_of_another_attention_is_refused():
     model = build("plain")
     with pytest.raises(ValueError, match=r"got blocks without .*value_proj"):
-        load_checkpoint(model, _values(build("plain", attention="dense")))
+        load_checkpoint(model, values(build("plain", attention="dense")))

@@ -9,6 +9,7 @@ import torch
 import vitadapter
 from optional import require_integration
 from vitadapter import ViTAdapter, load_checkpoint
+from weights import augreg_shapes
 
 WIDTH, DEPTH = 48, 4
 SIZES = {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": 3}
@@ -220,28 +221,8 @@ def test_files_of_create_model_and_of_from_timm_are_told_apart():
 
 def test_augregs_npz_names_load_into_timms_model(timm):
     model = _model("vit_tiny_patch16_224.augreg_in21k")
-    heads, width = 3, WIDTH // 3
-    state = {
-        "embedding/kernel": _random(16, 16, 3, WIDTH),
-        "embedding/bias": _random(WIDTH),
-        "cls": _random(1, 1, WIDTH),
-        "Transformer/posembed_input/pos_embedding": _random(1, 197, WIDTH),
-        "Transformer/encoder_norm/scale": _random(WIDTH),
-        "Transformer/encoder_norm/bias": _random(WIDTH),
-    }
-    for index in range(DEPTH):
-        block = f"Transformer/encoderblock_{index}/"
-        attention = block + "MultiHeadDotProductAttention_1/"
-        for norm in ("LayerNorm_0", "LayerNorm_2"):
-            state |= {f"{block}{norm}/{leaf}": _random(WIDTH) for leaf in ("scale", "bias")}
-        for part in ("query", "key", "value"):
-            state[f"{attention}{part}/kernel"] = _random(WIDTH, heads, width)
-            state[f"{attention}{part}/bias"] = _random(heads, width)
-        state[attention + "out/kernel"] = _random(heads, width, WIDTH)
-        state[attention + "out/bias"] = _random(WIDTH)
-        for dense, sizes in (("Dense_0", (WIDTH, 4 * WIDTH)), ("Dense_1", (4 * WIDTH, WIDTH))):
-            state[f"{block}MlpBlock_3/{dense}/kernel"] = _random(*sizes)
-            state[f"{block}MlpBlock_3/{dense}/bias"] = _random(sizes[1])
+    shapes = augreg_shapes(width=WIDTH, heads=3, depth=DEPTH, entries=197)
+    state = {key: _random(*shape) for key, shape in shapes.items()}
     load_checkpoint(model, state, strict="vit")
     vit = model.backbone.model
     assert torch.equal(vit.cls_token, state["cls"])

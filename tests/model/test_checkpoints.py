@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import vitadapter
 from vitadapter import load_checkpoint
+from weights import augreg_shapes, is_loaded, values
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8}
 
@@ -22,23 +23,10 @@ def _model(name="vit_adapter_tiny", task="segmentation", **overrides):
     return vitadapter.create_model(name, task=task, **{**SMALL, **sizes, **overrides}).eval()
 
 
-def _state(model):
-    """Random values of the model's shapes."""
-    return {
-        key: torch.randn_like(value) if value.is_floating_point() else value.clone()
-        for key, value in model.state_dict().items()
-    }
-
-
 def _vit_part(state):
     """What a pre-trained file has of a model with an adapter."""
     stems = ("patch_embed", "pos_embed", "blocks", "layers", "visual_embed", "cls_token")
     return {k: v for k, v in state.items() if k.startswith(stems)}
-
-
-def _is_loaded(model, state) -> bool:
-    own = model.state_dict()
-    return all(torch.equal(own[key], value) for key, value in state.items())
 
 
 def _save(tmp_path, contents, name="model.pth"):
@@ -49,27 +37,27 @@ def _save(tmp_path, contents, name="model.pth"):
 
 def test_released_segmentor_gives_its_backbone(tmp_path):
     model = _model()
-    state = _state(model)
+    state = values(model)
     file = {f"backbone.{key}": value for key, value in state.items()}
     file |= {"decode_head.conv_seg.weight": torch.zeros(3), "auxiliary_head.x": torch.zeros(1)}
     path = _save(tmp_path, {"meta": {"epoch": 1}, "state_dict": file, "optimizer": {"lr": 0.1}})
     report = load_checkpoint(model, path, strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
     assert report.missing == report.unexpected == report.resized == ()
     assert report.ignored == ("auxiliary_head.x", "decode_head.conv_seg.weight")
 
 
 def test_create_model_loads_a_checkpoint(tmp_path):
-    state = _state(_model())
+    state = values(_model())
     path = _save(tmp_path, {"state_dict": {f"module.backbone.{k}": v for k, v in state.items()}})
-    assert _is_loaded(_model(checkpoint=path), state)
+    assert is_loaded(_model(checkpoint=path), state)
 
 
 @pytest.mark.parametrize("layout", ["mmcv", "timm", "deit"])
 @pytest.mark.parametrize("ema", [False, True], ids=["last", "average"])
 def test_averaged_weights_are_taken_when_asked_for(tmp_path, layout, ema):
     model = _model()
-    last, average = _state(model), _state(model)
+    last, average = values(model), values(model)
     if layout == "mmcv":  # averages lie beside the weights, their dots replaced
         file = {f"backbone.{key}": value for key, value in last.items()}
         for key, value in average.items():
@@ -85,7 +73,7 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path, layout, ema):
             names[1]: {f"module.{key}": value for key, value in average.items()},
         }
     report = load_checkpoint(model, _save(tmp_path, contents), ema=ema, strict=True)
-    assert _is_loaded(model, average if ema else last)
+    assert is_loaded(model, average if ema else last)
     assert len(report.ignored) == (len(average) if layout == "mmcv" else 0)
 
 
@@ -93,18 +81,18 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path, layout, ema):
 @pytest.mark.parametrize("ema", [False, True])
 def test_averages_that_were_swapped_into_state_dict_are_taken_in_any_case(last_step, ema):
     model = _model()
-    last, average = _state(model), _state(model)
+    last, average = values(model), values(model)
     last = {f"module.backbone.{key}": value for key, value in last.items()}
     contents = {
         "state_dict": {f"backbone.{key}": value for key, value in average.items()},
         last_step: {**last, "steps": torch.tensor(7)},
     }
     load_checkpoint(model, contents, ema=ema, strict=True)
-    assert _is_loaded(model, average)
+    assert is_loaded(model, average)
 
 
 def _pretrained_vit(model, grid: int, extra: int = 1):
-    state = _vit_part(_state(model))
+    state = _vit_part(values(model))
     state["pos_embed"] = torch.randn(1, grid**2 + extra, 48)
     return state
 
@@ -116,7 +104,7 @@ def test_deit_file_reports_what_it_lacks_and_what_was_not_needed(tmp_path):
     others |= {"head.weight": torch.zeros(10, 48)}
     file = {"model": {**state, **others}, "args": argparse.Namespace(lr=0.1)}
     report = load_checkpoint(model, _save(tmp_path, file))
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
     assert set(report.ignored) == set(others)
     counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
     assert set(report.fresh) == model.state_dict().keys() - state.keys() - counters
@@ -150,7 +138,7 @@ def test_dinov2_names_and_patches_of_14_pixels():
         file[key.replace("blocks.", "blocks.0.") if key.startswith("blocks.") else key] = value
     file["patch_embed.proj.weight"] = projection
     report = load_checkpoint(model, file)
-    assert _is_loaded(model, {k: v for k, v in state.items() if k != "patch_embed.proj.weight"})
+    assert is_loaded(model, {k: v for k, v in state.items() if k != "patch_embed.proj.weight"})
     expected = F.interpolate(projection, size=(16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(model.patch_embed.proj.weight, expected)
     assert set(report.ignored) == {"mask_token", "cls_token"}
@@ -159,31 +147,8 @@ def test_dinov2_names_and_patches_of_14_pixels():
 def test_augreg_npz_is_transposed_as_jax_lays_it_out(tmp_path):
     model, heads, width = _model(), 3, 16
     rng = np.random.default_rng(0)
-    arrays = {
-        "embedding/kernel": (16, 16, 3, 48),
-        "embedding/bias": (48,),
-        "cls": (1, 1, 48),
-        "Transformer/posembed_input/pos_embedding": (1, 17, 48),
-        "Transformer/encoder_norm/scale": (48,),
-        "Transformer/encoder_norm/bias": (48,),
-        "head/kernel": (48, 10),
-        "head/bias": (10,),
-        "pre_logits/kernel": (48, 48),
-        "pre_logits/bias": (48,),
-    }
-    for index in range(4):
-        block = f"Transformer/encoderblock_{index}"
-        attention = f"{block}/MultiHeadDotProductAttention_1"
-        for norm in ("LayerNorm_0", "LayerNorm_2"):
-            arrays |= {f"{block}/{norm}/scale": (48,), f"{block}/{norm}/bias": (48,)}
-        for part in ("query", "key", "value"):
-            arrays[f"{attention}/{part}/kernel"] = (48, heads, width)
-            arrays[f"{attention}/{part}/bias"] = (heads, width)
-        arrays |= {f"{attention}/out/kernel": (heads, width, 48), f"{attention}/out/bias": (48,)}
-        dense = f"{block}/MlpBlock_3/Dense_"
-        arrays |= {f"{dense}0/kernel": (48, 192), f"{dense}0/bias": (192,)}
-        arrays |= {f"{dense}1/kernel": (192, 48), f"{dense}1/bias": (48,)}
-    arrays = {key: rng.standard_normal(shape).astype("f") for key, shape in arrays.items()}
+    shapes = augreg_shapes(width=48, heads=heads, depth=4, entries=17)
+    arrays = {key: rng.standard_normal(shape).astype("f") for key, shape in shapes.items()}
     np.savez(tmp_path / "augreg.npz", **arrays)
     report = load_checkpoint(model, tmp_path / "augreg.npz")
 
@@ -222,7 +187,7 @@ def _tables(depth: int, side: int, extra: int = 3):
 
 
 def _pretrained_beit(model, tables, shared=False):
-    state = {k: v for k, v in _vit_part(_state(model)).items() if "relative_position_bias" not in k}
+    state = {k: v for k, v in _vit_part(values(model)).items() if "relative_position_bias" not in k}
     state["cls_token"] = torch.randn(1, 1, 48)
     if shared:
         state["rel_pos_bias.relative_position_bias_table"] = tables[0]
@@ -299,17 +264,17 @@ def test_beit_tables_lose_the_class_token_for_detection():
 
 def test_released_beit_adapter_loads_unchanged():
     model = _model("beit_adapter_base", img_size=64)
-    state = _state(model)
+    state = values(model)
     file = {f"backbone.{key}": value for key, value in state.items()}
     file["backbone.blocks.0.attn.relative_position_index"] = torch.zeros(2, 2)
     report = load_checkpoint(model, {"state_dict": file}, strict=True)
-    assert _is_loaded(model, state)
+    assert is_loaded(model, state)
     assert report.ignored == ("blocks.0.attn.relative_position_index",)
 
 
 def test_uniperceiver_names_are_translated():
     model = _model("uniperceiver_adapter_base")
-    state = _vit_part(_state(model))
+    state = _vit_part(values(model))
     file = {"fused_encoder.token_embed.weight": torch.zeros(1), "loss_prepare.bias": torch.zeros(1)}
     for key, value in state.items():
         key = key.replace("visual_embed.patch_embed.proj.", "visual_embed.embeddings.")
@@ -331,7 +296,7 @@ def test_uniperceiver_names_are_translated():
 
 def test_unknown_keys_are_reported_and_logged(caplog):
     model = _model()
-    state = {**_state(model), "blocks.0.attn.surprise": torch.zeros(1)}
+    state = {**values(model), "blocks.0.attn.surprise": torch.zeros(1)}
     del state["up.bias"]
     with caplog.at_level(logging.WARNING, "vitadapter"):
         report = load_checkpoint(model, state)
@@ -346,22 +311,28 @@ def test_unknown_keys_are_reported_and_logged(caplog):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: _state(_model(embed_dim=96)), "looks like a plain ViT of width 96 and depth 4"),
-        (lambda: _state(_model(depth=8)), "looks like a plain ViT of width 48 and depth 8"),
         (
-            lambda: _state(_model("beit_adapter_base", img_size=64)),
+            lambda: values(_model(embed_dim=96)),
+            "looks like a plain ViT of width 96 and depth 4",
+        ),
+        (lambda: values(_model(depth=8)), "looks like a plain ViT of width 48 and depth 8"),
+        (
+            lambda: values(_model("beit_adapter_base", img_size=64)),
             "looks like BEiT of width 48 and depth 4 with an adapter of 4 interactions",
         ),
-        (lambda: _state(_model("uniperceiver_adapter_base")), "looks like Uni-Perceiver of width"),
         (
-            lambda: _state(_model(num_interactions=2, feature_rule="new")),
+            lambda: values(_model("uniperceiver_adapter_base")),
+            "looks like Uni-Perceiver of width",
+        ),
+        (
+            lambda: values(_model(num_interactions=2, feature_rule="new")),
             "expected a plain ViT .* 4 interactions, got .* with an adapter of 2 interactions",
         ),
         (lambda: {"layers.0.blocks.0.attn.qkv.weight": torch.zeros(1)}, "a Swin Transformer"),
         (lambda: {"layer1.0.conv1.weight": torch.zeros(1)}, "looks like a ResNet"),
         (lambda: {"stages.0.0.dwconv.weight": torch.zeros(1)}, "looks like a ConvNeXt"),
         (lambda: {"foo.bar": torch.zeros(1)}, "no vision transformer .* with keys foo.bar"),
-        (lambda: _state(_model(deform_ratio=0.5)), r"shapes differ \(.*value_proj"),
+        (lambda: values(_model(deform_ratio=0.5)), r"shapes differ \(.*value_proj"),
         (
             lambda: {"state_dict": {}, "epoch": 3},
             "expected a state_dict, or .* with one, got state_dict",

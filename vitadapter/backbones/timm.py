@@ -109,7 +109,8 @@ class TimmViT(nn.Module):
                 f"one with which it fails: {type(error).__name__}: {error}"
             ) from error
         for key, bias in state.items():
-            if key.endswith("attn.qkv.bias") and not {key, _query_bias(key)} & result.keys():
+            own = {key, key.replace("qkv.bias", "q_bias")}  # for all three, for queries
+            if key.endswith("attn.qkv.bias") and not own & result.keys():
                 query, _, value = bias.chunk(3)  # one of the keys has no effect
                 if query.any() or value.any():
                     result[key] = bias
@@ -162,11 +163,6 @@ class TimmViT(nn.Module):
             ]
             return model.norm_pre(x), shape, steps
         return model.norm_pre(model.patch_drop(x)), shape, list(model.blocks)
-
-
-def _query_bias(key: str) -> str:
-    """The name of the queries' own bias for that of all three."""
-    return key.replace("qkv.bias", "q_bias")
 
 
 def _beside_a_blank(step: Step, x: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ def without_chunks(key: str) -> str:
     return _CHUNK.sub(r"blocks.\1.", key)
 
 
+def beneath(state: State, front: str) -> State:
+    """What is behind a beginning of keys, without it."""
+    return {key.removeprefix(front): value for key, value in state.items() if key.startswith(front)}
+
+
 def tables_of(
     contents: Mapping[Any, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], State]]:
@@ -177,11 +182,7 @@ def find(
     equal = [place for (k, place), number in wanted.items() if k == kind and number == most]
     place = _meant(equal, tables) if most >= least else equal[0]
     table = tables[place.path]
-    state = {
-        key.removeprefix(place.front): value
-        for key, value in table.items()
-        if key.startswith(place.front)
-    }
+    state = beneath(table, place.front)
     if ema and not place.is_averaged:
         state |= _flat_averages(table, place.front, state)
     outside = {key: value for key, value in table.items() if not key.startswith(place.front)}
@@ -222,14 +223,7 @@ def _meant(places: Sequence[Place], tables: Mapping[tuple[str, ...], State]) -> 
 
 def _are_same(tables: Mapping[tuple[str, ...], State], one: Place, other: Place) -> bool:
     """Whether two parts have the same values."""
-    first, second = (
-        {
-            key.removeprefix(place.front): value
-            for key, value in tables[place.path].items()
-            if key.startswith(place.front)
-        }
-        for place in (one, other)
-    )
+    first, second = (beneath(tables[place.path], place.front) for place in (one, other))
     return first.keys() == second.keys() and all(
         value.shape == second[key].shape and torch.equal(value, second[key])
         for key, value in first.items()

@@ -16,6 +16,7 @@ from ..pyramid import FeaturePyramid
 from .architecture import Architecture, State, depth_of, differing_parts
 from .names import (
     Part,
+    beneath,
     places_of,
     published_name,
     published_names,
@@ -139,7 +140,7 @@ class Target:
             # Some adapters have the ViT's keys under backbone. alone.
             front = self.vit if any(key.startswith(self.vit) for key in vit) else "backbone."
             state = {key: v for key, v in vit.items() if not key.startswith(front)}
-            vit = {key.removeprefix(front): v for key, v in vit.items() if key.startswith(front)}
+            vit = beneath(vit, front)
         stems = {key.partition(".")[0] for key in part.state}
         if {"interactions", "blocks"} <= stems:
             raise ValueError(
@@ -185,10 +186,12 @@ class Target:
         """Raises ValueError where a file has the other half of a state_dict in another place."""
         own = {self.is_around_vit(key) for key in state.keys() & self.state.keys()}
         for (name, half), is_around in zip(self._halves.items(), (False, True), strict=True):
+            if is_around in own:
+                continue
             counts = places_of(tables, *half)
             places = [place for place in counts if place.is_averaged == part.place.is_averaged]
             best = max(places, key=counts.__getitem__, default=None)
-            if is_around not in own and best is not None and 2 * counts[best] >= len(half[0]):
+            if best is not None and 2 * counts[best] >= len(half[0]):
                 raise ValueError(
                     "checkpoint: expected ViT and adapter in one mapping, by the model's own keys, "
                     f"got the {name} under {best} and the rest under {part.place}"
