@@ -75,6 +75,12 @@ def _described(images: object) -> str:
     )
 
 
+def described_image(image: object) -> str:
+    """What came in place of the tensor [C, h, w] of one image, and how it becomes one."""
+    kind, scaled = _kind_and_conversion(image, "image")
+    return f"{kind}; make {scaled}, {_NORMALISE}" if scaled else kind
+
+
 def _kind_and_conversion(image: object, name: str) -> tuple[str, str]:
     """The name of the type, and an expression for a tensor [C, h, w]; "" where none is known."""
     kind = "None" if image is None else type(image).__name__

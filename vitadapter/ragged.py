@@ -12,7 +12,7 @@ from torch import Tensor
 from vitadapter_ops import _checks
 
 from .backbones.protocol import Grid, Step
-from .images import ceil_div
+from .images import ceil_div, described_image
 
 Start = Callable[[Tensor], tuple[Tensor, Grid, Sequence[Step]]]
 
@@ -31,8 +31,8 @@ def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: images is no list or tuple of tensors.
-        ValueError: there are none; or they have no three dimensions, or differ in their channels,
-            dtypes or devices.
+        ValueError: there are none; or they have no three dimensions or no pixels, or differ in
+            their channels, dtypes or devices.
     """
     if not isinstance(images, list | tuple):
         raise TypeError(f"images: expected a list of tensors, got {type(images).__name__}")
@@ -40,8 +40,12 @@ def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError("images: expected at least one tensor, got none")
     for index, image in enumerate(images):
         name = f"images[{index}]"
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {described_image(image)}")
         _checks.is_tensor(name, image)
         _checks.rank(name, image, "C, h, w")
+        if not image.numel():
+            raise ValueError(f"{name}: expected at least one pixel, got shape {list(image.shape)}")
         _checks.dtype(name, image, (images[0].dtype,), " (that of images[0])")
         _checks.device(name, image, images[0].device, "images[0]")
         _checks.shape(name, image, (images[0].shape[0], *image.shape[1:]), "images[0] but for h, w")

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from families import build
 
+from vitadapter import pad_images
+
 FAMILIES = ["plain", "beit", "uniperceiver", "baseline", "spm"]
 IMAGES = torch.randn(1, 3, 64, 64)
 
@@ -114,3 +116,19 @@ def test_hooks_may_convert_images_and_weights():
 def test_another_device_or_layout_is_named(family, images, text):
     with pytest.raises(ValueError, match=text):
         build(family)(images)
+
+
+def test_images_for_a_batch_that_are_none_are_named_with_their_conversion():
+    array = np.zeros((40, 50, 3), dtype=np.uint8)
+    text = (
+        r"images\[1\]: expected a torch.Tensor, got numpy array of shape \[40, 50, 3\]; make torch"
+    )
+    with pytest.raises(TypeError, match=text) as caught:
+        pad_images([torch.zeros(3, 40, 50), array])
+    conversion = str(caught.value).partition("make ")[2]
+    tensor = eval(conversion.partition(", then")[0], {"torch": torch, "image": array})
+    assert pad_images([tensor])[0].shape == (1, 3, 40, 50)
+    with pytest.raises(
+        ValueError, match=r"images\[0\]: expected at least one pixel, got .*3, 0, 4"
+    ):
+        pad_images([torch.zeros(3, 0, 4)])

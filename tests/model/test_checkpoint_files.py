@@ -15,6 +15,7 @@ import sys
 import tarfile
 import traceback
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -438,3 +439,27 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     assert "model.pth is in the safetensors format, which needs `pip install safetensors`" in (
         _refusal(path, ModuleNotFoundError)
     )
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_other_pickle_protocols_are_refused_by_name(tmp_path, protocol, zipped):
+    path = tmp_path / "model.pth"
+    torch.save(WEIGHTS, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"pickle_protocol.*save it again with torch.save's defa"):
+        read(path)
+
+
+def test_nothing_is_said_of_weights_only(tmp_path):
+    path = tmp_path / "model.pth"
+    for contents, protocol in (({"a": torch.eye(3).to_sparse()}, 2), (WEIGHTS, 3)):
+        torch.save(contents, path, pickle_protocol=protocol)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read(path).keys() == contents.keys()
+
+
+def test_paths_of_bytes_that_a_folder_lists_are_read(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    _assert_equal(read(entry), WEIGHTS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ _OTHERS = (
         "looks like JSON",
         "an index.json lists the files of a sharded checkpoint: pass one mapping of all their "
         "tensors",
+    ),
+    (
+        rb"L1195470371460388013",  # torch.save's magic number as text
+        "is of torch.save with pickle_protocol 0 or 1",
+        "save it again with torch.save's defaults",
     ),
     (rb"[\s\x20-\x7e]+\Z", "looks like text", "download the raw file"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf", "is compressed", _UNPACK),
@@ -66,7 +72,7 @@ def read(source: str | os.PathLike[str] | IO[bytes]) -> Mapping[str, Any]:
         ModuleNotFoundError: it is in the safetensors format, and safetensors is not installed.
     """
     if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
+        name = os.fsdecode(source)
         contents = _contents(_existing(name), name)
     elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = f"file {getattr(source, 'name', source)}"
@@ -127,15 +133,20 @@ def _readers_errors(name: str) -> Iterator[None]:
                 f"holds Python objects ({found[1] or 'arrays of dtype object'})",
                 "reading them can run code: if you trust the file, load it where their class is "
                 'installed, and save its weights alone: torch.save({"state_dict": contents'
-                '["state_dict"]}, "weights.pth"), or model.state_dict() of a whole model',
+                '["state_dict"]}, "weights.pth"), with whatever key or dict(...) gives them there, '
+                "or model.state_dict() of a whole model",
             ) from None
         lines = str(error).replace("Weights only load failed. ", "").splitlines()
         own = [line for line in lines if line.strip() and "weights_only" not in line]
         reason = ": ".join([type(error).__name__, *own[:1]])
+        remedy = f"{_AGAIN}, or save it again with torch.save's defaults"
+        if "Unsupported operand" in reason:
+            remedy = (
+                "of a pickle_protocol only torch.save's own, 2, can be read without running code: "
+                f"save it again with torch.save's defaults, or {_AGAIN}"
+            )
         raise _refusal(
-            name,
-            f"is cut off, damaged or written by other means ({reason})",
-            f"{_AGAIN}, or save it again with torch.save's defaults",
+            name, f"is cut off, damaged or written by other means ({reason})", remedy
         ) from None
 
 
@@ -209,5 +220,7 @@ def _from_torch(opened: Callable[[], IO[bytes]], name: str) -> Any:
         _readers_errors(name),
         opened() as file,
         torch.serialization.safe_globals(STAND_INS),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")  # of weights_only, which is no choice here
         return torch.load(file, map_location="cpu", weights_only=True)
