@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import re
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
@@ -52,15 +60,73 @@ def pytest_on_cpu_kernels(
     return python(["-m", "pytest", *options, *CPU_TESTS], cwd, **environment)
 
 
+# Of processes that need some ten. Gloo itself waits for half an hour.
+HANG_S = 150
+
+
 def spawn(function: Callable[..., None], processes: int, *arguments: object) -> None:
-    """Runs function(rank, *arguments) in so many processes of torch.distributed."""
-    torch.multiprocessing.spawn(_run_and_leave, (function, arguments), nprocs=processes)
+    """Runs function(rank, *arguments) in so many processes of one group of torch.distributed.
+
+    Sockets hang now and then for reasons that are none of ours: a group that does is ended, with
+    its stacks in the output, and begun once more. A second hang is an error.
+    """
+    for last in (False, True):
+        with tempfile.TemporaryDirectory() as store:
+            context = torch.multiprocessing.spawn(
+                _run_in_group,
+                (processes, Path(store), function, arguments),
+                nprocs=processes,
+                join=False,
+            )
+            if _ended(context):
+                return
+        message = f"{function.__name__}: {processes} processes took over {HANG_S} s"
+        if last:
+            raise TimeoutError(f"{message}, twice")
+        warnings.warn(message, stacklevel=2)
 
 
-def _run_and_leave(rank: int, function: Callable[..., None], arguments: Sequence[object]) -> None:
-    function(rank, *arguments)
+def _ended(context: torch.multiprocessing.ProcessContext) -> bool:
+    """Waits for the processes; ends them, and returns False, where they hang."""
+    deadline = time.monotonic() + HANG_S
+    try:
+        while time.monotonic() < deadline:
+            if context.join(timeout=1):
+                return True
+        return False
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+
+
+def _run_in_group(
+    rank: int,
+    processes: int,
+    store: Path,
+    function: Callable[..., None],
+    arguments: Sequence[object],
+) -> None:
+    faulthandler.dump_traceback_later(HANG_S - 5)
+    torch.set_num_threads(1)
+    with process_group(store, rank, processes):
+        function(rank, *arguments)
+        dist.barrier()
     # Without the interpreter's end: where gloo's threads run until then, it aborts now and then.
     os._exit(0)
+
+
+@contextmanager
+def process_group(folder: Path, rank: int = 0, processes: int = 1) -> Iterator[None]:
+    """A group over gloo that needs neither a network nor a name for this host."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    store = dist.FileStore(str(folder / "store"), processes)
+    with mock.patch.dict(os.environ, GLOO_SOCKET_IFNAME=loopback):
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @functools.cache

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+import children
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from families import FAMILIES, build
@@ -121,11 +123,8 @@ def test_wrappers_of_single_blocks_are_taken_out_of_the_middle(wrap):
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+    with children.process_group(tmp_path):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["compiled", "DataParallel", "DDP", "DDP of compiled", "blocks"])

@@ -47,3 +47,10 @@ def test_any_part_may_be_sharded_alone(tmp_path):
     assert results.keys() == {*distributed_steps.PARTS}
     for part, got in results.items():
         torch.testing.assert_close(got, expected, msg=lambda m, part=part: f"{part}: {m}")
+
+
+def test_processes_that_hang_are_ended(monkeypatch):
+    monkeypatch.setattr(children, "HANG_S", 3)
+    with pytest.warns(UserWarning, match="over 3 s"), pytest.raises(TimeoutError, match="twice"):
+        children.spawn(distributed_steps.wait, distributed_steps.RANKS)
+    assert not torch.multiprocessing.active_children()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -131,32 +130,26 @@ FORMS = {
 }
 
 
-def run(rank: int, ranks: int, folder: Path) -> None:
+def run(rank: int, ranks: int) -> None:
     """Holds a step in each form, and inference after it, to those without other processes."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    try:
-        mesh = init_device_mesh("cpu", (ranks,))
-        single = build()
-        before = {name: value.clone() for name, value in single.state_dict().items()}
-        step(single, batch())
-        expected = single.state_dict()
-        assert sum(not torch.equal(expected[name], before[name]) for name in before) >= 14
-        for form, train in FORMS.items():
-            block = train(build(), mesh)
-            in_16_bits = "bf16" in form
-            share = SPREAD_BF16_PARAMETER_SHARE if in_16_bits else SPREAD_FP64_SHARE
-            for name, value in block.state_dict().items():
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                assert_close(f"{form}: {name}", whole.double(), expected[name], share)
-            with torch.no_grad():
-                dtype = next(block.parameters()).dtype
-                out = block(batch().to(dtype)).double()
-                share = SPREAD_BF16_OUTPUT_SHARE if in_16_bits else SPREAD_FP64_SHARE
-                assert_close(f"{form}: output", out, single(batch()), share)
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (ranks,))
+    single = build()
+    before = {name: value.clone() for name, value in single.state_dict().items()}
+    step(single, batch())
+    expected = single.state_dict()
+    assert sum(not torch.equal(expected[name], before[name]) for name in before) >= 14
+    for form, train in FORMS.items():
+        block = train(build(), mesh)
+        in_16_bits = "bf16" in form
+        share = SPREAD_BF16_PARAMETER_SHARE if in_16_bits else SPREAD_FP64_SHARE
+        for name, value in block.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            assert_close(f"{form}: {name}", whole.double(), expected[name], share)
+        with torch.no_grad():
+            dtype = next(block.parameters()).dtype
+            out = block(batch().to(dtype)).double()
+            share = SPREAD_BF16_OUTPUT_SHARE if in_16_bits else SPREAD_FP64_SHARE
+            assert_close(f"{form}: output", out, single(batch()), share)
 
 
 def assert_close(name: str, got: Tensor, expected: Tensor, share: float) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import children
@@ -22,8 +23,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
 def test_one_process_steps_as_without_parallelism(tmp_path, threads):
-    attention_steps.run(0, 1, tmp_path)
+    torch.set_num_threads(1)
+    with children.process_group(tmp_path):
+        attention_steps.run(0, 1)
 
 
-def test_two_processes_step_like_one(tmp_path):
-    children.spawn(attention_steps.run, 2, 2, tmp_path)
+def test_two_processes_step_like_one():
+    children.spawn(attention_steps.run, 2, 2)
