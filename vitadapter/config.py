@@ -119,6 +119,8 @@ class AdapterConfig:
         for name in _POSITIVE:
             if not 0 < getattr(self, name, 1) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not math.isfinite(self.injector_init):
+            raise ValueError(f"injector_init: expected a finite number, got {self.injector_init}")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
         for name, part in (("cffn_ratio", self.with_cffn), ("mlp_ratio", True)):
@@ -298,6 +300,16 @@ class ModelConfig(AdapterConfig):
                 f"img_size: expected None, this model takes images of any size (only BEiT for "
                 f"segmentation serves a single one), got {self.img_size}"
             )
+
+    def _check_types(self) -> None:
+        super()._check_types()
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, Collection) or not all(isinstance(v, Real) for v in values):
+                raise TypeError(f"{name}: expected a number for each channel, got {values!r}")
+            # Those of three channels are this module's own, and unused with others.
+            if len(values) not in (self.in_chans, 3):
+                raise ValueError(f"{name}: expected {self.in_chans} values, got {values!r}")
 
     def _check_interactions(self) -> None:
         equal = self.interaction_indexes is None and self.num_interactions > 0

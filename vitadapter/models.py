@@ -150,9 +150,12 @@ def create_model(
         The model in training mode, float32.
 
     Raises:
+        TypeError: a value is of another type.
         ValueError: an unknown name, task, attention or override, with the valid ones listed; values
             that contradict each other; or a checkpoint of another architecture.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected str, got {name!r}")
     if name not in _MODELS:
         raise ValueError(f"name: expected one of {', '.join(_MODELS)}, got {name!r}")
     published = _DETECTION.get(name, {}) if task == "detection" else {}

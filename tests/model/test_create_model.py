@@ -165,6 +165,7 @@ def test_detection_takes_any_divisor_of_the_depth(build, num_interactions):
             "patch_size: expected 16 .*got 14; ViTAdapter.from_timm",
         ),
         ({"img_size": 512}, "img_size: expected None, .*any size.*got 512"),
+        ({"injector_init": math.nan}, "injector_init: expected a finite number, got nan"),
         ({"n_points": 0}, "n_points: expected a positive number, got 0"),
         ({"in_chans": 0}, "in_chans: expected a positive number, got 0"),
         (
@@ -207,6 +208,12 @@ def test_image_size_that_beit_cannot_serve_says_which_are_possible(img_size):
 def test_values_of_other_types_are_refused(build, name, value):
     with pytest.raises(TypeError, match=rf"^{name}: expected (int|float|bool|str).*, got "):
         build(**{name: value})
+
+
+def test_a_name_of_another_type_is_refused():
+    for name in (["vit_adapter_tiny"], None):
+        with pytest.raises(TypeError, match=r"^name: expected str, got "):
+            vitadapter.create_model(name, task="detection")
 
 
 def test_numbers_of_numpy_are_numbers(build):

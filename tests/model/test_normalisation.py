@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,6 +43,25 @@ def test_another_pre_training_may_be_stated():
     assert model.default_cfg == {"input_size": (3, 384, 384), **AUGREG}
     model.default_cfg.clear()
     assert model.default_cfg["mean"] == AUGREG["mean"]
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (0.5, TypeError, "a number for each channel, got 0.5"),
+        (["0.5"] * 3, TypeError, "a number for each channel"),
+        ((0.4,), ValueError, r"3 values, got \(0.4,\)"),
+        ([0.4] * 4, ValueError, "3 values"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_it_has_a_number_for_each_channel(name, values, error, message):
+    with pytest.raises(error, match=f"^{name}: expected {message}"):
+        build("plain", **{name: values})
+
+
+def test_it_may_be_an_array():
+    assert build("plain", mean=np.full(3, 0.5)).default_cfg["mean"] == AUGREG["mean"]
 
 
 def test_of_other_channels_nothing_is_known():

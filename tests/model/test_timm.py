@@ -524,6 +524,10 @@ def test_norm_that_is_not_there_is_asked_for_by_name(build):
             r"Invalid pretrained tag.*did you mean vit_tiny_patch16_224\.augreg_in21k",
         ),
         ({"img_size": 8}, r"^img_size: expected a patch of 16x16 pixels or more, got \(8, 8\)"),
+        (
+            {"img_size": 64, "model_args": {"img_size": 32}},
+            r"^img_size: expected once, got 64 .*32",
+        ),
         ({"model_args": {"dtype": torch.float64}}, r"expected weights of torch.float32.*float64"),
         ({"pretained": True}, r"^pretained: .*; did you mean pretrained\?"),
         ({"num_interaction": 4}, r"^num_interaction: .*; did you mean num_interactions\?"),

@@ -100,14 +100,14 @@ def differing_parts(state: Iterable[str], target: Iterable[str]) -> tuple[set[st
 
     Returns:
         What all of the target have and none of the state_dict's, and the converse, of lists of
-        which both have some.
+        which both have some; as keys with "*" for the index.
     """
     lacking, surplus = set(), set()
     given, expected = _parts(state), _parts(target)
     for stem in given.keys() & expected.keys():
         own, theirs = given[stem].values(), expected[stem].values()
-        lacking |= set.intersection(*theirs).difference(*own)
-        surplus |= set.intersection(*own).difference(*theirs)
+        lacking |= {f"{stem}.*.{part}" for part in set.intersection(*theirs).difference(*own)}
+        surplus |= {f"{stem}.*.{part}" for part in set.intersection(*own).difference(*theirs)}
     return lacking, surplus
 
 
