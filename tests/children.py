@@ -60,54 +60,79 @@ def pytest_on_cpu_kernels(
     return python(["-m", "pytest", *options, *CPU_TESTS], cwd, **environment)
 
 
-# Of processes that need some ten. Gloo itself waits for half an hour.
-HANG_S = 150
+# Of groups that need some ten. Gloo itself waits for half an hour.
+HANG_S = 120
 
 
-def spawn(function: Callable[..., None], processes: int, *arguments: object) -> None:
+def spawn(
+    function: Callable[..., None], processes: int, *arguments: object, limit: float = HANG_S
+) -> None:
     """Runs function(rank, *arguments) in so many processes of one group of torch.distributed.
 
-    Sockets hang now and then for reasons that are none of ours: a group that does is ended, with
-    its stacks in the output, and begun once more. A second hang is an error.
+    Sockets fail now and then for reasons that are none of ours. So a group that hangs is ended,
+    with its stacks in the output, and begun once more; and where groups of torch's own modules
+    fail too, the test is skipped.
     """
     for last in (False, True):
-        with tempfile.TemporaryDirectory() as store:
-            context = torch.multiprocessing.spawn(
-                _run_in_group,
-                (processes, Path(store), function, arguments),
-                nprocs=processes,
-                join=False,
-            )
-            if _ended(context):
-                return
-        message = f"{function.__name__}: {processes} processes took over {HANG_S} s"
-        if last:
-            raise TimeoutError(f"{message}, twice")
-        warnings.warn(message, stacklevel=2)
+        try:
+            _run_group(function, processes, arguments, limit)
+            return
+        except Exception as error:
+            if not has_working_groups():
+                pytest.skip(f"torch's own modules cannot train in a group either: {error}")
+            if last or not isinstance(error, TimeoutError):
+                raise
+            warnings.warn(f"begun once more: {error}", stacklevel=2)
 
 
-def _ended(context: torch.multiprocessing.ProcessContext) -> bool:
-    """Waits for the processes; ends them, and returns False, where they hang."""
-    deadline = time.monotonic() + HANG_S
+def _run_group(
+    function: Callable[..., None], processes: int, arguments: Sequence[object], limit: float
+) -> None:
+    """Raises TimeoutError if it takes longer; no process is left in any case."""
+    with tempfile.TemporaryDirectory() as store:
+        context = torch.multiprocessing.spawn(
+            _run_in_group,
+            (processes, Path(store), limit, function, arguments),
+            nprocs=processes,
+            join=False,
+        )
+        deadline = time.monotonic() + limit
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > deadline:
+                    name = function.__name__
+                    raise TimeoutError(f"{name}: {processes} processes took over {limit} s")
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+
+
+@functools.cache
+def has_working_groups() -> bool:
     try:
-        while time.monotonic() < deadline:
-            if context.join(timeout=1):
-                return True
+        _run_group(_train_torchs_own, 2, (), HANG_S)
+    except Exception as error:
+        print(f"torch's own modules: {error}", file=sys.stderr)
         return False
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
+    return True
+
+
+def _train_torchs_own(rank: int) -> None:
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(512, 512))
+    for _ in range(10):
+        model(torch.ones(2, 512)).sum().backward()
 
 
 def _run_in_group(
     rank: int,
     processes: int,
     store: Path,
+    limit: float,
     function: Callable[..., None],
     arguments: Sequence[object],
 ) -> None:
-    faulthandler.dump_traceback_later(HANG_S - 5)
+    faulthandler.dump_traceback_later(0.9 * limit)
     torch.set_num_threads(1)
     with process_group(store, rank, processes):
         function(rank, *arguments)

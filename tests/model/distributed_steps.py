@@ -196,3 +196,10 @@ def each_part_sharded(rank: int, folder: Path) -> None:
 def wait(rank: int) -> None:
     """Far longer than any limit."""
     time.sleep(1e4)
+
+
+def fail(rank: int) -> None:
+    """In one process only; the other goes on."""
+    if rank == 1:
+        raise ValueError(f"{rank} wrong")
+    wait(rank)

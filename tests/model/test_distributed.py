@@ -49,8 +49,25 @@ def test_any_part_may_be_sharded_alone(tmp_path):
         torch.testing.assert_close(got, expected, msg=lambda m, part=part: f"{part}: {m}")
 
 
-def test_processes_that_hang_are_ended(monkeypatch):
-    monkeypatch.setattr(children, "HANG_S", 3)
-    with pytest.warns(UserWarning, match="over 3 s"), pytest.raises(TimeoutError, match="twice"):
-        children.spawn(distributed_steps.wait, distributed_steps.RANKS)
+def test_processes_that_hang_are_ended():
+    with pytest.warns(UserWarning, match="over 3 s"), pytest.raises(TimeoutError):
+        children.spawn(distributed_steps.wait, distributed_steps.RANKS, limit=3)
     assert not torch.multiprocessing.active_children()
+
+
+def test_an_error_of_one_process_ends_all():
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"(?s)Process 1 .*: 1 wrong"
+    ):
+        children.spawn(distributed_steps.fail, distributed_steps.RANKS)
+    assert not torch.multiprocessing.active_children()
+
+
+def test_where_torch_fails_too_a_test_is_skipped(monkeypatch):
+    children.has_working_groups.cache_clear()
+    monkeypatch.setattr(children, "_train_torchs_own", distributed_steps.fail)
+    try:
+        with pytest.raises(pytest.skip.Exception, match=r"(?s)cannot train .*: 1 wrong"):
+            children.spawn(distributed_steps.fail, distributed_steps.RANKS)
+    finally:
+        children.has_working_groups.cache_clear()
