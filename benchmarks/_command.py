@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,6 +44,21 @@ def columns(table: Table, *headers: str) -> None:
     for number, header in enumerate(headers):
         # As Text: in a string rich would take [ms] for a style.
         table.add_column(Text(header), justify="right" if number else "left", no_wrap=True)
+
+
+@contextmanager
+def exit_on(*numbers: signal.Signals) -> Iterator[None]:
+    """Lets these signals raise SystemExit, so that what is to be done at the end is done."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def times(value: float | None) -> str:

@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import _report
-from _command import LOOK, columns, cuda_tool, positive_float, wide_console
+from _command import LOOK, columns, cuda_tool, exit_on, positive_float, wide_console
 
 BENCHMARKS = Path(__file__).resolve().parent
 PROGRAM = BENCHMARKS / "_gpu_times.py"
@@ -335,10 +334,6 @@ def profile_all(
     return 0 if all(call["status"] == MET for call in calls) else 1
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="_gpu_profile.py", description="Read hardware counters of four calls with ncu."
@@ -359,7 +354,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason is not None:
             print(f"_gpu_profile.py: {reason}", file=sys.stderr)
             return 2
-    signal.signal(signal.SIGTERM, _end)  # so that what runs ends with this
     origin = _report.origin(torch.device("cpu" if args.rehearse else "cuda"))
     origin["versions"]["ncu"] = version_of(ncu)
     record = {
@@ -368,7 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **origin,
         "rehearsal": args.rehearse,
     }
-    return profile_all(args, ncu, record, wide_console())
+    with exit_on(signal.SIGTERM):  # so that what runs ends with this
+        return profile_all(args, ncu, record, wide_console())
 
 
 def version_of(ncu: str | None) -> str | None:

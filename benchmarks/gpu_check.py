@@ -29,7 +29,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -558,10 +557,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     missing = why_no_packages()
@@ -572,6 +567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     sys.path.insert(0, str(BENCHMARKS))
+    import _command
     import _report
 
     out = args.out.resolve()
@@ -583,9 +579,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if args.rehearse else "cuda")
     record = {**_report.origin(device), "rehearsal": args.rehearse}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)  # so that steps end with this
-    with tempfile.TemporaryDirectory() as folder:
+    # So that steps end with this.
+    exits = _command.exit_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with exits, tempfile.TemporaryDirectory() as folder:
         archives = args.archives if {"times", "op"} & set(args.stages) else []
         plan = Plan(out, Path(folder), archives, args.rehearse)
         paths = [*map(str, plan.sites.values()), str(ROOT), os.environ.get("PYTHONPATH", "")]

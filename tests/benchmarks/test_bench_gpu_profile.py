@@ -275,7 +275,9 @@ def test_rehearsal_runs_the_program_and_everything_but_ncu(tmp_path, program, mo
     log = tmp_path / "log"
     program.write_text(f"import sys\nprint(*sys.argv[1:], file=open({str(log)!r}, 'a'))\n")
     out = tmp_path / "new" / "profile.json"
+    handler = signal.getsignal(signal.SIGTERM)
     assert _gpu_profile.main(["--out", str(out), "--rehearse"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert log.read_text().splitlines() == [
         f"profiled {' '.join(each)} --rehearse" for each in _gpu_profile.PROFILED
     ]
