@@ -30,9 +30,7 @@ def check(
         ValueError: it is not [B, C, H, W], dense, floating point and at least one patch; or a plain
             layer's weight has another dtype, outside autocast, or is on another device.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a torch.Tensor, got {_described(images)}")
-    _checks.is_tensor("images", images)
+    _checks.is_tensor("images", images, _described)
     if images.dim() != 4:
         hint = "; images[None] is a batch of one" if images.dim() == 3 else ""
         raise ValueError(

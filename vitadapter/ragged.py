@@ -40,9 +40,7 @@ def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError("images: expected at least one tensor, got none")
     for index, image in enumerate(images):
         name = f"images[{index}]"
-        if not isinstance(image, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {described_image(image)}")
-        _checks.is_tensor(name, image)
+        _checks.is_tensor(name, image, described_image)
         _checks.rank(name, image, "C, h, w")
         if not image.numel():
             raise ValueError(f"{name}: expected at least one pixel, got shape {list(image.shape)}")

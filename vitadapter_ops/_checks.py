@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,10 +74,20 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def is_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a tensor, ValueError unless it is a dense one."""
+def _described(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def is_tensor(name: str, value: object, described: Callable[[object], str] = _described) -> None:
+    """Raises TypeError unless `value` is a tensor, ValueError unless it is a dense one.
+
+    Args:
+        name: for the message.
+        value: anything.
+        described: what the message says of a value that is none.
+    """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {_described(value)}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {described(value)}")
     if torch.compiler.is_compiling():
         return  # Dynamo does not let the backward of an autograd.Function ask for a layout
     dense(name, value)
@@ -88,10 +98,6 @@ def dense(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise ValueError(f"{name}: expected a dense tensor, got one of layout {layout}")
-
-
-def _described(value: object) -> str:
-    return "None" if value is None else type(value).__name__
 
 
 def rank(name: str, tensor: Tensor, layout: str) -> None:
