@@ -60,6 +60,11 @@ def pytest_on_cpu_kernels(
     return python(["-m", "pytest", *options, *CPU_TESTS], cwd, **environment)
 
 
+GROUP_ERRORS = (
+    torch.multiprocessing.ProcessRaisedException,
+    torch.multiprocessing.ProcessExitedException,
+    TimeoutError,
+)
 # Of groups that need some ten. Gloo itself waits for half an hour.
 HANG_S = 120
 
@@ -77,7 +82,7 @@ def spawn(
         try:
             _run_group(function, processes, arguments, limit)
             return
-        except Exception as error:
+        except GROUP_ERRORS as error:
             if not has_working_groups():
                 pytest.skip(f"torch's own modules cannot train in a group either: {error}")
             if last or not isinstance(error, TimeoutError):
@@ -112,7 +117,7 @@ def _run_group(
 def has_working_groups() -> bool:
     try:
         _run_group(_train_torchs_own, 2, (), HANG_S)
-    except Exception as error:
+    except GROUP_ERRORS as error:
         print(f"torch's own modules: {error}", file=sys.stderr)
         return False
     return True

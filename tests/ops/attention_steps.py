@@ -130,9 +130,9 @@ FORMS = {
 }
 
 
-def run(rank: int, ranks: int) -> None:
+def run(rank: int) -> None:
     """Holds a step in each form, and inference after it, to those without other processes."""
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     single = build()
     before = {name: value.clone() for name, value in single.state_dict().items()}
     step(single, batch())

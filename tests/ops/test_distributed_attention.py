@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 def test_one_process_steps_as_without_parallelism(tmp_path, threads):
     torch.set_num_threads(1)
     with children.process_group(tmp_path):
-        attention_steps.run(0, 1)
+        attention_steps.run(0)
 
 
 def test_two_processes_step_like_one():
-    children.spawn(attention_steps.run, 2, 2)
+    children.spawn(attention_steps.run, 2)
