@@ -139,20 +139,26 @@ def _run_in_group(
 ) -> None:
     faulthandler.dump_traceback_later(0.9 * limit)
     torch.set_num_threads(1)
-    with process_group(store, rank, processes):
-        function(rank, *arguments)
-        dist.barrier()
+    _join(store, rank, processes)
+    function(rank, *arguments)
+    # Not after an error: it is to be told before the others', who lose their connection.
+    dist.destroy_process_group()
     # Without the interpreter's end: where gloo's threads run until then, it aborts now and then.
     os._exit(0)
 
 
-@contextmanager
-def process_group(folder: Path, rank: int = 0, processes: int = 1) -> Iterator[None]:
-    """A group over gloo that needs neither a network nor a name for this host."""
+def _join(folder: Path, rank: int, processes: int) -> None:
+    """Over gloo, without need for a network or a name for this host."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     store = dist.FileStore(str(folder / "store"), processes)
     with mock.patch.dict(os.environ, GLOO_SOCKET_IFNAME=loopback):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+
+
+@contextmanager
+def process_group(folder: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    _join(folder, rank=0, processes=1)
     try:
         yield
     finally:

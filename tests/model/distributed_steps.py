@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -203,3 +204,10 @@ def fail(rank: int) -> None:
     if rank == 1:
         raise ValueError(f"{rank} wrong")
     wait(rank)
+
+
+def fail_beside_a_collective(rank: int) -> None:
+    """In one process only; the other waits for it."""
+    if rank == 1:
+        raise ValueError(f"{rank} wrong")
+    dist.barrier()

@@ -55,11 +55,14 @@ def test_processes_that_hang_are_ended():
     assert not torch.multiprocessing.active_children()
 
 
-def test_an_error_of_one_process_ends_all():
+@pytest.mark.parametrize(
+    "fail", [distributed_steps.fail, distributed_steps.fail_beside_a_collective]
+)
+def test_an_error_of_one_process_is_told_and_ends_all(fail):
     with pytest.raises(
         torch.multiprocessing.ProcessRaisedException, match=r"(?s)Process 1 .*: 1 wrong"
     ):
-        children.spawn(distributed_steps.fail, distributed_steps.RANKS)
+        children.spawn(fail, distributed_steps.RANKS)
     assert not torch.multiprocessing.active_children()
 
 
