@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from .layers.attention import ATTENTIONS
 
 # Of images in [0, 1]: ImageNet's, and AugReg's of both.
@@ -305,7 +307,10 @@ class ModelConfig(AdapterConfig):
         super()._check_types()
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if not isinstance(values, Collection) or not all(isinstance(v, Real) for v in values):
+            numbers = isinstance(values, Sequence | np.ndarray) and all(
+                isinstance(v, Real) and not isinstance(v, bool) for v in values
+            )
+            if not numbers:
                 raise TypeError(f"{name}: expected a number for each channel, got {values!r}")
             # Those of three channels are this module's own, and unused with others.
             if len(values) not in (self.in_chans, 3):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import vitadapter
+from vitadapter.config import ModelConfig
 
 SIZES = ("tiny", "small", "base", "large")
 
@@ -219,6 +221,14 @@ def test_a_name_of_another_type_is_refused():
 def test_numbers_of_numpy_are_numbers(build):
     model = build(conv_inplane=np.int64(8), cffn_ratio=np.float32(0.5), deform_ratio=1)
     assert model.config.conv_inplane == 8
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(ModelConfig) if field.type == "float"]
+)
+def test_an_integer_is_a_number(build, name):
+    value = int(name not in ("injector_init", "drop_path_rate"))
+    build(**{name: value})(torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize(

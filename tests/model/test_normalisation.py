@@ -49,7 +49,10 @@ def test_another_pre_training_may_be_stated():
     ("values", "error", "message"),
     [
         (0.5, TypeError, "a number for each channel, got 0.5"),
-        (["0.5"] * 3, TypeError, "a number for each channel"),
+        *(
+            (v, TypeError, "a number for each ch")
+            for v in (["0.5"] * 3, [True] * 3, {0.1, 0.2, 0.3})
+        ),
         ((0.4,), ValueError, r"3 values, got \(0.4,\)"),
         ([0.4] * 4, ValueError, "3 values"),
     ],

@@ -49,7 +49,7 @@ class Injector(nn.Module):
         self.query_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.feat_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention(3)
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(
         self,
