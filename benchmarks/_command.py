@@ -48,12 +48,20 @@ def columns(table: Table, *headers: str) -> None:
 
 @contextmanager
 def exit_on(*numbers: signal.Signals) -> Iterator[None]:
-    """Lets these signals raise SystemExit, so that what is to be done at the end is done."""
+    """Lets these signals raise SystemExit, so that what is to be done at the end is done.
+
+    One that is ignored, as nohup has it for SIGHUP, stays so.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    before = {
+        n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)
+    }
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:

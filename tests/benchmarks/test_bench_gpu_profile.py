@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from rich.console import Console
 
+import _command
 import _gpu_profile
 from _gpu_profile import METRICS, NoCounters
 
@@ -338,3 +340,15 @@ def test_what_runs_ends_with_the_stage(tmp_path):
         time.sleep(0.05)
     else:
         pytest.fail("the profiled program still runs")
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_signals_exit_unless_they_are_ignored_and_keep_their_handlers(handler):
+    before = signal.signal(signal.SIGHUP, handler)
+    ends = contextlib.nullcontext() if handler == signal.SIG_IGN else pytest.raises(SystemExit)
+    try:
+        with ends, _command.exit_on(signal.SIGHUP, signal.SIGHUP):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
