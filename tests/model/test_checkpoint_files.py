@@ -17,6 +17,7 @@ import traceback
 import types
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -457,6 +458,17 @@ def test_nothing_is_said_of_weights_only(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert read(path).keys() == contents.keys()
+
+
+def test_threads_that_read_leave_the_filters_of_warnings_and_safe_names(tmp_path):
+    for number in range(4):
+        torch.save({"at": np.float64(number), **WEIGHTS}, tmp_path / f"{number}.pth")
+    before = list(warnings.filters), set(torch.serialization.get_safe_globals())
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for contents in threads.map(read, tmp_path.iterdir()):
+                assert contents.keys() == {"at", *WEIGHTS}
+    assert (list(warnings.filters), set(torch.serialization.get_safe_globals())) == before
 
 
 def test_paths_of_bytes_that_a_folder_lists_are_read(tmp_path):

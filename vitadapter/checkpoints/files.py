@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -142,8 +143,8 @@ def _readers_errors(name: str) -> Iterator[None]:
         remedy = f"{_AGAIN}, or save it again with torch.save's defaults"
         if "Unsupported operand" in reason:
             remedy = (
-                "of a pickle_protocol only torch.save's own, 2, can be read without running code: "
-                f"save it again with torch.save's defaults, or {_AGAIN}"
+                "of the pickle_protocols only 2, torch.save's own, and 3 are read without running "
+                f"code: save it again with torch.save's defaults, or {_AGAIN}"
             )
         raise _refusal(
             name, f"is cut off, damaged or written by other means ({reason})", remedy
@@ -215,10 +216,15 @@ def _tensor(array: np.ndarray[Any, Any]) -> Any:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
+# Names that torch may read and filters of warnings are the process's, not the thread's.
+_GLOBAL_STATE = threading.RLock()
+
+
 def _from_torch(opened: Callable[[], IO[bytes]], name: str) -> Any:
     with (
         _readers_errors(name),
         opened() as file,
+        _GLOBAL_STATE,
         torch.serialization.safe_globals(STAND_INS),
         warnings.catch_warnings(),
     ):
