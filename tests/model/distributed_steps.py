@@ -199,7 +199,7 @@ def wait(rank: int) -> None:
     time.sleep(1e4)
 
 
-def fail(rank: int) -> None:
+def fail(rank: int, *others: object) -> None:
     """In one process only; the other goes on."""
     if rank == 1:
         raise ValueError(f"{rank} wrong")
