@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .layers.attention import ATTENTIONS
 
@@ -307,10 +308,7 @@ class ModelConfig(AdapterConfig):
         super()._check_types()
         for name in ("mean", "std"):
             values = getattr(self, name)
-            numbers = isinstance(values, Sequence | np.ndarray) and all(
-                isinstance(v, Real) and not isinstance(v, bool) for v in values
-            )
-            if not numbers:
+            if not _are_numbers(values):
                 raise TypeError(f"{name}: expected a number for each channel, got {values!r}")
             # Those of three channels are this module's own, and unused with others.
             if len(values) not in (self.in_chans, 3):
@@ -331,7 +329,7 @@ class ModelConfig(AdapterConfig):
         sizes = (self.in_chans, self.pretrain_size, self.pretrain_size)
         # Of another number of channels nothing is known.
         known = {
-            name: tuple(values) if len(values) == self.in_chans else None
+            name: tuple(map(float, values)) if len(values) == self.in_chans else None
             for name, values in (("mean", self.mean), ("std", self.std))
         }
         return {"input_size": sizes, **known}
@@ -370,6 +368,14 @@ class ModelConfig(AdapterConfig):
             4 * self.window_size if index in self.global_blocks else self.window_size
             for index in range(self.depth)
         ]
+
+
+def _are_numbers(values: object) -> bool:
+    """Whether they are some, in an order; tensors and arrays may hold them."""
+    if not isinstance(values, Sequence | np.ndarray | Tensor) or np.ndim(values) != 1:
+        return False
+    each = (value.item() if isinstance(value, Tensor) else value for value in values)
+    return all(isinstance(value, Real) and not isinstance(value, bool) for value in each)
 
 
 def shares(depth: int, number: int) -> list[range]:

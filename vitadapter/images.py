@@ -76,7 +76,8 @@ def _described(images: object) -> str:
 def described_image(image: object) -> str:
     """What came in place of the tensor [C, h, w] of one image, and how it becomes one."""
     kind, scaled = _kind_and_conversion(image, "image")
-    return f"{kind}; make {scaled}, {_NORMALISE}" if scaled else kind
+    of = "of an image [H, W, C], 0 to 255, make"
+    return f"{kind}; {of} {scaled}, {_NORMALISE}" if scaled else kind
 
 
 def _kind_and_conversion(image: object, name: str) -> tuple[str, str]:
@@ -85,7 +86,7 @@ def _kind_and_conversion(image: object, name: str) -> tuple[str, str]:
     scaled = ".permute(2, 0, 1).float() / 255"
     if isinstance(image, np.ndarray):
         return f"numpy array of shape {list(image.shape)}", f"torch.from_numpy({name}){scaled}"
-    if type(image).__module__.partition(".")[0] == "PIL":
+    if str(type(image).__module__).startswith("PIL."):
         array = f"numpy.array({name}.convert('RGB'))"
         return f"PIL {kind}", f"torch.from_numpy({array}){scaled}"
     return kind, ""

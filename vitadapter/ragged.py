@@ -42,7 +42,8 @@ def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         name = f"images[{index}]"
         _checks.is_tensor(name, image, described_image)
         _checks.rank(name, image, "C, h, w")
-        if not image.numel():
+        # While a graph is made its sizes may be unknown.
+        if not torch.compiler.is_compiling() and not image.numel():
             raise ValueError(f"{name}: expected at least one pixel, got shape {list(image.shape)}")
         _checks.dtype(name, image, (images[0].dtype,), " (that of images[0])")
         _checks.device(name, image, images[0].device, "images[0]")

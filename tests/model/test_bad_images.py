@@ -121,7 +121,8 @@ def test_another_device_or_layout_is_named(family, images, text):
 def test_images_for_a_batch_that_are_none_are_named_with_their_conversion():
     array = np.zeros((40, 50, 3), dtype=np.uint8)
     text = (
-        r"images\[1\]: expected a torch.Tensor, got numpy array of shape \[40, 50, 3\]; make torch"
+        r"images\[1\]: expected a torch.Tensor, got numpy array of shape \[40, 50, 3\]; of an "
+        r"image \[H, W, C\], 0 to 255, make torch"
     )
     with pytest.raises(TypeError, match=text) as caught:
         pad_images([torch.zeros(3, 40, 50), array])
@@ -132,3 +133,17 @@ def test_images_for_a_batch_that_are_none_are_named_with_their_conversion():
         ValueError, match=r"images\[0\]: expected at least one pixel, got .*3, 0, 4"
     ):
         pad_images([torch.zeros(3, 0, 4)])
+    nameless = type("Nameless", (), {"__module__": None})()
+    with pytest.raises(TypeError, match=r"images\[0\]: expected a torch.Tensor, got Nameless"):
+        pad_images([nameless])
+
+
+def test_images_of_a_size_that_only_the_data_tell_can_be_exported():
+    class Cut(torch.nn.Module):
+        def forward(self, image, mask):
+            return pad_images([image[:, mask.nonzero()[:, 0]]])
+
+    image, mask = torch.randn(3, 6, 5), torch.tensor([True, False] * 3)
+    exported = torch.export.export(Cut(), (image, mask), strict=False).module()
+    for got, expected in zip(exported(image, ~mask), Cut()(image, ~mask), strict=True):
+        assert torch.equal(got, expected)

@@ -63,8 +63,15 @@ def test_it_has_a_number_for_each_channel(name, values, error, message):
         build("plain", **{name: values})
 
 
-def test_it_may_be_an_array():
-    assert build("plain", mean=np.full(3, 0.5)).default_cfg["mean"] == AUGREG["mean"]
+@pytest.mark.parametrize(
+    "values",
+    [np.full(3, 0.5), torch.full((3,), 0.5), list(torch.full((3,), 0.5)), [np.float32(0.5)] * 3],
+    ids=["array", "tensor", "tensors", "scalars"],
+)
+def test_it_may_be_an_array(values):
+    mean = build("plain", mean=values).default_cfg["mean"]
+    assert mean == AUGREG["mean"]
+    assert all(type(value) is float for value in mean)
 
 
 def test_of_other_channels_nothing_is_known():

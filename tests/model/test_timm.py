@@ -538,6 +538,13 @@ def test_arguments_that_timm_does_not_take_are_named(timm, arguments, message):
         ViTAdapter.from_timm(**{"name": "vit_tiny_patch16_224", "task": "detection", **arguments})
 
 
+@pytest.mark.parametrize("size", [None, 64])
+def test_one_image_size_may_be_said_twice(timm, size):
+    arguments = {"task": "detection", "img_size": 64, "model_args": {"img_size": size, "depth": 4}}
+    model = ViTAdapter.from_timm("vit_tiny_patch16_224", **arguments)
+    assert model.backbone.model.patch_embed.img_size == (64, 64)
+
+
 def test_a_known_name_gets_no_other_suggested(timm):
     with pytest.raises(ValueError, match=r"unexpected keyword argument 'img_sz'$"):
         ViTAdapter.from_timm("vit_tiny_patch16_224", task="detection", model_args={"img_sz": 64})

@@ -199,10 +199,10 @@ def _create(
         raise TypeError(f"model_args: expected a dict, got {model_args!r}")
     arguments = {"num_classes": 0, **model_args}
     if img_size is not None:
-        if "img_size" in model_args:
+        other = model_args.get("img_size")
+        if other not in (None, img_size):
             raise ValueError(
-                f"img_size: expected once, got {img_size!r} beside {model_args['img_size']!r} in "
-                "model_args"
+                f"img_size: expected once, got {img_size!r} beside {other!r} in model_args"
             )
         arguments["img_size"] = img_size
     # The images are padded already. But timm's check of that writes their size into a message,
