@@ -372,9 +372,9 @@ class ModelConfig(AdapterConfig):
 
 def _are_numbers(values: object) -> bool:
     """Whether they are some, in an order; tensors and arrays may hold them."""
-    if not isinstance(values, Sequence | np.ndarray | Tensor) or np.ndim(values) != 1:
+    if not isinstance(values, Sequence | np.ndarray | Tensor) or getattr(values, "ndim", 1) != 1:
         return False
-    each = (value.item() if isinstance(value, Tensor) else value for value in values)
+    each = (v.item() if isinstance(v, Tensor) and not v.dim() else v for v in values)
     return all(isinstance(value, Real) and not isinstance(value, bool) for value in each)
 
 

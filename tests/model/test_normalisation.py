@@ -45,14 +45,17 @@ def test_another_pre_training_may_be_stated():
     assert model.default_cfg["mean"] == AUGREG["mean"]
 
 
+NO_NUMBERS = (
+    *(["0.5"] * 3, [True] * 3, {0.1, 0.2, 0.3}, [[0.1], [0.2, 0.3]]),
+    *(np.float32(0.5), np.full((3, 1), 0.5), torch.tensor(0.5), torch.full((3, 2), 0.5)),
+)
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         (0.5, TypeError, "a number for each channel, got 0.5"),
-        *(
-            (v, TypeError, "a number for each ch")
-            for v in (["0.5"] * 3, [True] * 3, {0.1, 0.2, 0.3})
-        ),
+        *((values, TypeError, "a number for each channel") for values in NO_NUMBERS),
         ((0.4,), ValueError, r"3 values, got \(0.4,\)"),
         ([0.4] * 4, ValueError, "3 values"),
     ],
