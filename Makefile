@@ -38,10 +38,10 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
 
 bench-op: .venv/installed
-	$(BIN)/python benchmarks/op.py $(ARGS)
+	$(BIN)/python -m benchmarks.op $(ARGS)
 
 bench-fused: .venv/installed
-	$(BIN)/python benchmarks/fused.py $(ARGS)
+	$(BIN)/python -m benchmarks.op.fused $(ARGS)
 
 # Compiled here, against the installed torch: seconds for the first, about 15 minutes for the second.
 # Each is optional.
@@ -53,7 +53,7 @@ bench-rivals: .venv/installed
 		|| echo "onedl-mmcv is not installed (above): it will not be compared with"
 
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
+	$(PYTHON) -m benchmarks.gpu.check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
 		$(if $(RIVALS),--rivals $(RIVALS)) $(ARGS)
 
 # Those of the projects in tests/integrations that need no compiling and no torchvision. With them,

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import os
 import shutil
-
-import pytest
-import torch
+import sys
 
 import children
-import vitadapter_ops
+import pytest
+import torch
 from optional import require_cuda
+
+import vitadapter_ops
+
+# For `benchmarks`. Last, so that an installed package comes before the checkout's.
+sys.path.append(str(children.ROOT))
 
 
 @pytest.fixture(autouse=True)

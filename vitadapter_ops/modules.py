@@ -21,7 +21,7 @@ def offsets_and_logits(module: nn.Module, query: Tensor) -> tuple[Tensor, Tensor
     """Both projections of the query, as one matrix product where they are plain Linear layers.
 
     One product reads the query once: 1.0 to 1.3 times as fast forward, 1.0 to 1.5 times with the
-    backward on a CPU (benchmarks/fused.py). The operator reads the slices where they lie.
+    backward on a CPU (benchmarks/op/fused.py). The operator reads the slices where they lie.
 
     Args:
         module: has the layers `sampling_offsets` and `attention_weights`.

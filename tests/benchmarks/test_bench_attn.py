@@ -12,23 +12,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
+import PIL.Image
 import pytest
 import torch
-
 from optional import require_cuda
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import PIL.Image
 from rich.console import Console
 
-import _attn_chart
-import attn
 import vitadapter_ops
-from _memory import ChildError, Peak
-from _timing import OutOfMemory, Timing
+from benchmarks.common.memory import ChildError, Peak
+from benchmarks.common.timing import OutOfMemory, Timing
+from benchmarks.models import attention as attn
+from benchmarks.models import attention_chart as _attn_chart
 
-BENCHMARKS = Path(attn.__file__).resolve().parent
+BENCHMARKS = children.ROOT / "benchmarks"
 # One thread: other tests may be running, and threads that wait for each other slow all down.
 TINY = [
     "--device",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/_ceilings.py and the program that it builds: code, results, and ways to fail."""
+"""benchmarks/gpu/ceilings.py and the program that it builds: code, results, and ways to fail."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from optional import require_cuda
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from rich.console import Console
 
-import _ceilings
-from _bandwidth import NotMeasured
-from _ceilings import Ceiling
+from benchmarks.gpu import ceilings as _ceilings
+from benchmarks.gpu.ceilings import Ceiling
+from benchmarks.op.bandwidth import NotMeasured
 
 try:
     NVCC = _ceilings._nvcc()

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/drop_in.py compares and records."""
-
-import sys
-from pathlib import Path
+"""What benchmarks/models/drop_in.py compares and records."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import drop_in
-from _timing import Timing
+from benchmarks.common.timing import Timing
+from benchmarks.models import drop_in
 
 
 def test_difference_is_a_share_of_the_largest_value():

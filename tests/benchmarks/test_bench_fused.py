@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/fused.py: both ways compute the same, what it counts is so, and it tells the truth."""
+"""benchmarks.op.fused: both ways compute the same, what it counts is so, and it tells the truth."""
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import cases
-import fused
+from benchmarks.op import fused
+from vitadapter_ops.testing import cases
 
 CASE = dataclasses.replace(
     cases.fused(cases.vit_adapter("S", 64)[0]), name="small", heads=2, channels=8

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu_check.py: what becomes of steps that end, fail, hang or cannot start."""
+"""benchmarks/gpu/check.py: what becomes of steps that end, fail, hang or cannot start."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -15,15 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import _gpu_smoke
-import _gpu_steps
-import _gpu_tests
-import _gpu_times
-import cases
-import gpu_check
-from gpu_check import Plan, Step
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import smoke as _gpu_smoke
+from benchmarks.gpu import steps as _gpu_steps
+from benchmarks.gpu import tests as _gpu_tests
+from benchmarks.gpu import times as _gpu_times
+from benchmarks.gpu.check import Plan, Step
+from vitadapter_ops.testing import cases
 
 
 def step(name, code, seconds=60.0, **options):
@@ -141,7 +140,7 @@ def test_nothing_starts_after_the_deadline_and_results_so_far_stay(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
 def test_a_run_that_is_ended_ends_its_steps_and_keeps_what_they_found(tmp_path, number):
     out = tmp_path / "out"
-    command = [sys.executable, gpu_check.__file__, "--out", str(out), "--rehearse"]
+    command = [*gpu_check.module("gpu.check"), "--out", str(out), "--rehearse"]
     command += ["--stages", "smoke"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, start_new_session=True, env=environment)
@@ -274,7 +273,8 @@ def test_every_stage_has_steps_and_what_is_timed_runs_alone(tmp_path):
     assert alone == {"ceilings", "times", "profile", "op", "attn", "model"}
     assert len({each.name for each in steps}) == len(steps)
     for each in steps:
-        assert each.skip or Path(each.command[1]).is_file() or "--tool" in each.command
+        module = each.command[each.command.index("-m") + 1]
+        assert importlib.util.find_spec(module) is not None
 
 
 def test_the_plan_fits_into_nine_minutes(tmp_path):
@@ -332,15 +332,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_commands_of_the_plan_are_understood(tmp_path, monkeypatch):
-    import attn
-    import model
-    import op
+    from benchmarks.models import adapter_vs_vit as model
+    from benchmarks.models import attention as attn
+    from benchmarks.op import cli as op
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(gpu_check, "sanitizer", lambda: "compute-sanitizer")
     plan = {each.name: each.command for each in plan_of(tmp_path).steps()}
-    args = op.parse(plan["op"][2:])
+    args = op.parse(plan["op"][3:])
     settings = op.settings_of(args)
     assert settings.on_gpu
     assert settings.dtypes == ("fp32", "fp16", "bf16")
@@ -348,9 +348,9 @@ def test_commands_of_the_plan_are_understood(tmp_path, monkeypatch):
     assert settings.cases[0].name == "encoder-800x1333"
     assert settings.cases[0].locations == "local"
     assert len(settings.cases) == 2 * len(cases.GPU_BENCH)
-    assert attn.parse(plan["attn"][2:]).device == "cuda"
-    assert model.parse(plan["model"][2:])[0].sizes == ["base", "large"]
-    assert op.parse(plan["host"][2:]).host
+    assert attn.parse(plan["attn"][3:]).device == "cuda"
+    assert model.parse(plan["model"][3:])[0].sizes == ["base", "large"]
+    assert op.parse(plan["host"][3:]).host
     assert plan["memcheck"][-1] == "small"
     assert "--report-api-errors" in plan["memcheck"]
     assert "--racecheck-detect-level" in plan["racecheck"]
@@ -490,7 +490,7 @@ def test_failures_of_tests_are_kept_when_the_run_is_ended(tmp_path):
         "def test_slow(): time.sleep(60)\n"
     )
     out = tmp_path / "tests.json"
-    command = [sys.executable, _gpu_tests.__file__, "--rehearse", "--out", str(out), str(test)]
+    command = [*gpu_check.module("gpu.tests"), "--rehearse", "--out", str(out), str(test)]
     command += ["--deselect", _gpu_tests.REHEARSED]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
@@ -587,7 +587,7 @@ def test_an_implementation_that_breaks_the_device_costs_its_own_rows(tmp_path, m
         _gpu_times.main(["--rehearse", "--out", str(out)])
     command = begun.value.args[0]
     assert "--resume" in command
-    assert _gpu_times.main(command[2:]) == 0
+    assert _gpu_times.main(command[3:]) == 0
     assert measured == ["vitadapter_ops", "breaking", "other", *["vitadapter_ops", "other"] * 3]
     found = json.loads(out.read_text())
     assert found["broke"] == ["breaking"]
@@ -600,7 +600,7 @@ def test_an_implementation_that_breaks_the_device_costs_its_own_rows(tmp_path, m
 
 def test_every_stage_runs_without_a_gpu_when_it_is_rehearsed(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, gpu_check.__file__, "--out", str(out), "--rehearse"]
+    command = [*gpu_check.module("gpu.check"), "--out", str(out), "--rehearse"]
     # One thread: other tests' processes may have the other cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

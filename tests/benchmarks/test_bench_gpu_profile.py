@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/_gpu_profile.py: what ncu prints, what it refuses, and what becomes of each call."""
+"""benchmarks/gpu/profile.py: what ncu prints, what it refuses, and what becomes of each call."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from rich.console import Console
 
-import _command
-import _gpu_profile
-from _gpu_profile import METRICS, NoCounters
+from benchmarks.common import programs
+from benchmarks.gpu import profile as _gpu_profile
+from benchmarks.gpu.profile import METRICS, NoCounters
 
 HEADER = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
 DENIED = (
@@ -37,7 +35,7 @@ def program(tmp_path, monkeypatch):
     """In place of _gpu_times.py: says how it was called."""
     path = tmp_path / "program.py"
     path.write_text("import sys\nprint('ran', *sys.argv[1:])\n")
-    monkeypatch.setattr(_gpu_profile, "PROGRAM", path)
+    monkeypatch.setattr(_gpu_profile, "PROGRAM", (str(path),))
     return path
 
 
@@ -307,14 +305,13 @@ def test_what_runs_ends_with_the_stage(tmp_path):
         "time.sleep(60)\n"
     )
     code = (
-        "import pathlib, sys, _gpu_profile\n"
-        f"_gpu_profile.PROGRAM = pathlib.Path({str(program)!r})\n"
+        "import sys\nfrom benchmarks.gpu import profile as _gpu_profile\n"
+        f"_gpu_profile.PROGRAM = ({str(program)!r},)\n"
         f"sys.exit(_gpu_profile.main(['--out', {str(tmp_path / 'out.json')!r}, '--rehearse']))\n"
     )
-    folder = str(Path(_gpu_profile.__file__).parent)
     stage = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": folder},
+        env={**os.environ, "PYTHONPATH": str(children.ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -347,7 +344,7 @@ def test_signals_exit_unless_they_are_ignored_and_keep_their_handlers(handler):
     before = signal.signal(signal.SIGHUP, handler)
     ends = contextlib.nullcontext() if handler == signal.SIG_IGN else pytest.raises(SystemExit)
     try:
-        with ends, _command.exit_on(signal.SIGHUP, signal.SIGHUP):
+        with ends, programs.exit_on(signal.SIGHUP, signal.SIGHUP):
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu_table.py and _predictions.py: what docs/gpu.md says of times and targets."""
+"""benchmarks/gpu/table.py and _predictions.py: what docs/gpu.md says of times and targets."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import _predictions
-import _targets
-import cases
-import gpu_table
-from _cards import CARDS
-from _predictions import BASIS, DECISIVE, ISSUED, PARTS, REACHED, SIZES, Work
+from benchmarks.gpu import predictions as _predictions
+from benchmarks.gpu import table as gpu_table
+from benchmarks.gpu.cards import CARDS
+from benchmarks.gpu.predictions import BASIS, DECISIVE, ISSUED, PARTS, REACHED, SIZES, Work
+from benchmarks.op import targets as _targets
+from vitadapter_ops.testing import cases
 
 BY_NAME = {case.name: case for case in cases.GPU_BENCH}
 
@@ -186,7 +183,7 @@ def test_a_page_that_is_behind_fails_the_check(page, capsys):
     document = Path(page.arguments[1])
     document.write_text(document.read_text().replace("not yet", "1.0"))
     assert gpu_table.main([*page.arguments, "--check"]) == 1
-    assert "is not up to date: run python benchmarks/gpu_table.py" in capsys.readouterr().out
+    assert "is not up to date: run python -m benchmarks.gpu.table" in capsys.readouterr().out
     assert "not yet" not in document.read_text()  # a check writes nothing
     assert gpu_table.main(page.arguments) == 0
     assert "not yet" in document.read_text()

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/_graphs.py on a pretended GPU: what is captured, how often, and when it cannot be."""
+"""benchmarks.common.graphs on a pretended GPU: what is captured, how often, and when not."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import _graphs
-from _graphs import NotCaptured
-from _timing import Case, OutOfMemory, take_turns
+from benchmarks.common import graphs as _graphs
+from benchmarks.common.graphs import NotCaptured
+from benchmarks.common.timing import Case, OutOfMemory, take_turns
 
 DEVICE = torch.device("cuda")
 

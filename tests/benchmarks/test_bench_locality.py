@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/locality.py: what a block of rows gathers, and how often for the first time."""
+"""benchmarks/op/locality.py: what a block of rows gathers, and how often for the first time."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import cases
-import locality
+from benchmarks.op import locality
+from vitadapter_ops.testing import cases
 
 
 @pytest.mark.parametrize(

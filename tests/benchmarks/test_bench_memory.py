@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/_memory.py: peaks in a child process, and the ways in which a child can end."""
+"""benchmarks/common/memory.py: peaks in a child process, and the ways in which a child can end."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
-
-import pytest
-
-from optional import require_cuda
 
 # The second one: a child must be able to import the functions it is handed by their module's name.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import child_steps
+import pytest
+from optional import require_cuda
 
-import _memory
-from _memory import ChildError, peak_in_child
+from benchmarks.common import memory as _memory
+from benchmarks.common.memory import ChildError, peak_in_child
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS as on Linux")

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/model.py: end to end on a tiny image, and its refusal of wrong results."""
+"""benchmarks.models.adapter_vs_vit: end to end on a tiny image, and its refusals."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import model as bench
+from benchmarks.models import adapter_vs_vit as bench
 
 TINY = ["--device", "cpu", "--sizes", "tiny", "--pixels", "64", "--repeats", "1", "--warmup", "0"]
 TINY += ["--threads", "1"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/op.py: the gate, the arithmetic, what is written, and every way to refuse."""
+"""benchmarks/op: the gate, the arithmetic, what is written, and every way to refuse."""
 
 from __future__ import annotations
 
@@ -15,25 +15,21 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import children
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from rich.console import Console
 
-import _bandwidth
-import _rivals
-import _scaling
-import _targets
-import cases
-import gate
-import op
-import oracles
-from _bandwidth import Level, Machine, NotMeasured
-from _memory import Peak
-from _timing import Timing
-from _traffic import PASSES, limit, pixels_gathered, plane_bytes, traffic
+from benchmarks.common.memory import Peak
+from benchmarks.common.timing import Timing
+from benchmarks.op import bandwidth as _bandwidth
+from benchmarks.op import cli as op
+from benchmarks.op import implementations as _rivals
+from benchmarks.op import scaling as _scaling
+from benchmarks.op import targets as _targets
+from benchmarks.op.bandwidth import Level, Machine, NotMeasured
+from benchmarks.op.traffic import PASSES, limit, pixels_gathered, plane_bytes, traffic
+from vitadapter_ops.testing import cases, gate, oracles
 
 TINY = cases.Case("tiny", ((6, 8), (3, 4)), 1, 48, 2, 8, grids=((6, 8),))
 RUN = ["--device", "cpu", "--threads", "1", "--rounds", "2", "--locations", "local"]
@@ -129,7 +125,7 @@ def test_a_red_dtype_does_not_keep_the_others_from_being_timed(tiny, capsys, mon
 
 
 def test_python_without_assertions_is_refused():
-    command = [sys.executable, "-O", op.__file__, "--no-csv"]
+    command = [sys.executable, "-O", "-m", "benchmarks.op", "--no-csv"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "removes the checks" in done.stderr
@@ -550,7 +546,7 @@ def test_rows_are_appended_below_one_header(tiny, tmp_path):
     expected = float(theirs["p50_ms"]) / float(ours["p50_ms"])
     assert float(theirs["ratio"]) == pytest.approx(expected, rel=1e-4)
     text = path.read_text()
-    for place in (Path.home(), Path(op.__file__).parents[1], Path(sys.prefix), tmp_path):
+    for place in (Path.home(), children.ROOT, Path(sys.prefix), tmp_path):
         assert str(place) not in text
 
 
@@ -817,13 +813,13 @@ def test_profile_makes_one_call_between_start_and_stop(tiny, monkeypatch):
 def test_copy_kernel_copies(tmp_path):
     pytest.importorskip("triton")
     code = (
-        "import torch, _copy\n"
-        "source = torch.rand(_copy.BLOCK * 5)\n"
+        "import torch\nfrom benchmarks.op import copy_kernel\n"
+        "source = torch.rand(copy_kernel.BLOCK * 5)\n"
         "target = torch.empty_like(source)\n"
-        "_copy.copy(target, source, 2, 1)\n"
+        "copy_kernel.copy(target, source, 2, 1)\n"
         "assert torch.equal(source, target)\n"
     )
-    where = {"PYTHONPATH": str(Path(op.__file__).parent), "TRITON_INTERPRET": "1"}
+    where = {"PYTHONPATH": str(children.ROOT), "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **where}, capture_output=True, text=True
     )

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/_timing.py: quantiles, turns, and what becomes of a case that does not fit."""
+"""benchmarks/common/timing.py: quantiles, turns, and what becomes of a case that does not fit."""
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
 from optional import require_cuda
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from _timing import LEAST_ROUNDS, Case, OutOfMemory, Timing, quantile, ratio, take_turns
+from benchmarks.common.timing import (
+    LEAST_ROUNDS,
+    Case,
+    OutOfMemory,
+    Timing,
+    quantile,
+    ratio,
+    take_turns,
+)
 
 CPU = torch.device("cpu")
 TOO_MUCH = 2**45  # 128 TiB of float32: no machine has it, every allocator refuses it

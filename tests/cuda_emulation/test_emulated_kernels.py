@@ -15,20 +15,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import infinities
 import pytest
 import torch
 
-import cases
-import gate
-import infinities
-from tolerances import Inaccurate
+from benchmarks.op import locality
 from vitadapter_ops import _extension
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import locality
+from vitadapter_ops.testing import cases, gate
+from vitadapter_ops.testing.tolerances import Inaccurate
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 CXX = os.environ.get("CXX", "c++")
 CASES = cases.SMALL
 SPECIALISED = [12, 16, 24, 32, 40, 64, 128]
@@ -612,10 +609,11 @@ def run_with(mistake, folder, script):
     prepare = (
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
         "from pathlib import Path\n"
-        "import cases, test_emulated_kernels as t\n"
+        "import test_emulated_kernels as t\n"
+        "from vitadapter_ops.testing import cases\n"
         "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]), only_fp32=True)\n"
     )
-    arguments = [str(HERE), str(HERE.parent), str(folder), str(source)]
+    arguments = [str(HERE), str(ROOT), str(folder), str(source)]
     return subprocess.run(
         [sys.executable, "-c", prepare + script, *arguments], capture_output=True, text=True
     )

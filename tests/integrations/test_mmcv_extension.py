@@ -7,12 +7,9 @@ mmcv is made up here, with what such code and patch_mmcv see of it, so that noth
 import sys
 import types
 
+import drop_in_checks
 import pytest
 import torch
-from torch import nn
-
-import drop_in_checks
-import oracles
 from drop_in_checks import (
     BATCH,
     HEADS,
@@ -25,7 +22,10 @@ from drop_in_checks import (
     original,
     tensors,
 )
+from torch import nn
+
 from vitadapter_ops.compat import mmcv
+from vitadapter_ops.testing import oracles
 
 FUNCTIONS = ("ms_deform_attn_forward", "ms_deform_attn_backward")
 

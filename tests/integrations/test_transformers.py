@@ -4,15 +4,15 @@
 import functools
 import importlib
 
+import drop_in_checks
 import pytest
 import torch
-
-import drop_in_checks
 from optional import require_integration
-from tolerances import DROP_IN_ULPS, assert_as_accurate_as_eager
+
 from vitadapter_ops.compat import functions
 from vitadapter_ops.compat.kernels import MultiScaleDeformableAttention, kernel_mapping
 from vitadapter_ops.compat.transformers import MODELS, patch_transformers
+from vitadapter_ops.testing.tolerances import DROP_IN_ULPS, assert_as_accurate_as_eager
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
 TENSOR = torch.tensor(SHAPES)

@@ -3,16 +3,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from families import build
 
 from vitadapter import pad_images

@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import logging
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from torch import nn
 
 import children
-
-sys.path.insert(0, str(Path(__file__).parent))
-
+import pytest
+import torch
 from families import FAMILIES, build
+from torch import nn
+from weights import is_loaded, values
 
 import vitadapter
 from vitadapter import ViTAdapter, load_checkpoint
-from weights import is_loaded, values
 
 
 def _behind(front, state):

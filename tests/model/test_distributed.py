@@ -3,18 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import children
+import distributed_steps
 import pytest
 import torch
 import torch.distributed as dist
-
-import children
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import distributed_steps
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"

@@ -3,17 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES, build
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from families import FAMILIES, build
 
 IMAGES = torch.randn(2, 3, 64, 64)
 

@@ -3,17 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from families import FAMILIES, build
-
 from optional import require_integration
+
 from vitadapter import ViTAdapter
 from vitadapter.layers.attention import ATTENTIONS
 

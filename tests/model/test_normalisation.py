@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, build
+from optional import require_integration
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from families import FAMILIES, build
-
 import vitadapter
-from optional import require_integration
 from vitadapter import ViTAdapter
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from families import build
+from optional import require_integration
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from families import build
-
-from optional import require_integration
-from tolerances import PADDED_GRADIENT_SHARE, PADDED_SHARE
 from vitadapter import ViTAdapter, pad_images
+from vitadapter_ops.testing.tolerances import PADDED_GRADIENT_SHARE, PADDED_SHARE
 
 # Two of one size; one shorter, one narrower than others; one that is no multiple of anything.
 SIZES = [(64, 96), (40, 70), (96, 33), (64, 96), (96, 64)]

@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from families import build
-
 from optional import require_integration
+
 from vitadapter import ViTAdapter, load_checkpoint, resize
 
 

@@ -3,17 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES, build
 
 import vitadapter_ops.linear
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from families import FAMILIES, build
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,16 +6,12 @@ Takes a minute. `python tests/model/test_timm_zoo.py` prints the table of docs/m
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from optional import require_integration
+
 from vitadapter import ViTAdapter
 
 # Convolutions of several strides embed the patches.

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-import cases
-import oracles
-from gate import NAMES, check_backend, op, run
 from vitadapter_ops import ms_deform_attn
+from vitadapter_ops.testing import cases, oracles
+from vitadapter_ops.testing.gate import NAMES, check_backend, op, run
 
 
 @pytest.mark.usefixtures("poisoned_memory")

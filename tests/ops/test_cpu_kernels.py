@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 
-import cases
-import gate
-import oracles
-from tolerances import CPU_FP64_ULPS, assert_as_accurate_as_eager, assert_same_definition
 from vitadapter_ops import _extension, available_backends, explain_backend, ms_deform_attn
+from vitadapter_ops.testing import cases, gate, oracles
+from vitadapter_ops.testing.tolerances import (
+    CPU_FP64_ULPS,
+    assert_as_accurate_as_eager,
+    assert_same_definition,
+)
 
 NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")
 LEVELS = ((5, 7), (3, 4))

@@ -5,15 +5,14 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-import cases
-import gate
-from tolerances import DERIVATIVE_ULPS, assert_same_definition
 from vitadapter_ops import (
     BackendUnavailable,
     MSDeformAttn,
     ms_deform_attn,
     ms_deform_attn_from_offsets,
 )
+from vitadapter_ops.testing import cases, gate
+from vitadapter_ops.testing.tolerances import DERIVATIVE_ULPS, assert_same_definition
 
 OPS = torch.ops.vitadapter_ops
 LOCATED = cases.SMALL[3]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import cases
 from vitadapter_ops import (
     BackendUnavailable,
     MSDeformAttn,
@@ -16,6 +15,7 @@ from vitadapter_ops import (
     ms_deform_attn,
     ms_deform_attn_from_offsets,
 )
+from vitadapter_ops.testing import cases
 
 CASE = cases.Case("errors", ((4, 6), (2, 3)))
 

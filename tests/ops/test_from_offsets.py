@@ -8,11 +8,9 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cases
-import gate
-import oracles
-from tolerances import assert_same_definition
 from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
+from vitadapter_ops.testing import cases, gate, oracles
+from vitadapter_ops.testing.tolerances import assert_same_definition
 
 OPS = torch.ops.vitadapter_ops
 NEEDS = [

@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 
-from tolerances import DEFINITION_ULPS, assert_same_definition
 from vitadapter_ops import _grid_sample, _ops, reference
+from vitadapter_ops.testing.tolerances import DEFINITION_ULPS, assert_same_definition
 
 SHAPES = [5, 4, 2, 3, 1, 1]
 STARTS = [0, 20, 26]

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import cases
-import vitadapter_ops
 from optional import require_cuda
+
+import vitadapter_ops
+from vitadapter_ops.testing import cases
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 
-import cases
 import vitadapter_ops
+from vitadapter_ops.testing import cases
 
 OPS = torch.ops.vitadapter_ops
 LOCATED = [

@@ -4,10 +4,9 @@
 import pytest
 import torch
 
-import cases
-import oracles
-from tolerances import assert_same_definition
 from vitadapter_ops import ms_deform_attn, reference
+from vitadapter_ops.testing import cases, oracles
+from vitadapter_ops.testing.tolerances import assert_same_definition
 
 
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)

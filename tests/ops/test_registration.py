@@ -3,15 +3,14 @@
 
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 
-import cases
-import children
-import gate
 from vitadapter_ops import MSDeformAttn, _ops, ms_deform_attn
+from vitadapter_ops.testing import cases, gate
 
 OPS = torch.ops.vitadapter_ops
 NAMES = ["ms_deform_attn", "ms_deform_attn_reference"]

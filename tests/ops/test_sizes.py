@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import cases
 from vitadapter_ops import functional, ms_deform_attn, ms_deform_attn_from_offsets
+from vitadapter_ops.testing import cases
 
 CASE = cases.Case("sizes", ((4, 6), (2, 3)))
 SIZES, STARTS = [(4, 6), (2, 3)], [0, 24]

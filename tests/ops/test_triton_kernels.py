@@ -8,13 +8,12 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import children
 import pytest
 import torch
 
-import cases
-import children
-import gate
 from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
+from vitadapter_ops.testing import cases, gate
 
 pytestmark = pytest.mark.skipif(not children.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 if children.INTERPRETED:

@@ -15,14 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import build_steps
 import pytest
 import torch
 
 from vitadapter_ops import _build, _build_cache, _extension, explain_backend
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import build_steps
 
 CXX = os.environ.get("CXX", "c++")
 DEADLINE_S = 120

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What correct means, for tests and benchmarks: the outputs and all gradients of one case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
+
+from . import cases, oracles
+from .tolerances import assert_as_accurate_as_eager
+
+NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")
+
+
+def op(backend: str) -> Callable[..., Tensor]:
+    """Our operator on one backend, with the arguments of `oracles.grid_sample`."""
+
+    def function(value, shapes, locations, weights, starts=None):
+        return ms_deform_attn(
+            value, shapes, locations, weights, level_start_index=starts, backend=backend
+        )
+
+    return function
+
+
+def run(function: Callable[..., Tensor], inputs: cases.Inputs, cotangent: Tensor) -> list[Tensor]:
+    """Output and gradients, as NAMES has them, on the CPU."""
+    tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
+    out = function(tensors[0], inputs.spatial_shapes, *tensors[1:], inputs.level_start_index)
+    grads = torch.autograd.grad(out, tensors, cotangent.to(out))
+    return [t.detach().cpu() for t in (out, *grads)]
+
+
+def dense_permuted(tensor: Tensor) -> Tensor:
+    """The same values with the strides of another order of dimensions, without gaps."""
+    order = list(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+class _Backwards(TorchDispatchMode):
+    """Records what our backward operators were asked for, and how large each result was."""
+
+    def __init__(self, gradients: int) -> None:
+        super().__init__()
+        self.gradients = gradients
+        self.asked: list[tuple[tuple[bool, ...], list[int]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.endswith("_backward.default"):
+            self.asked.append((tuple(args[-self.gradients :]), [t.numel() for t in result]))
+        return result
+
+
+def check_needs(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
+) -> None:
+    """Holds a backward to compute the gradients that are needed, and none that is not.
+
+    Args:
+        function: from `inputs` to the output.
+        inputs: all that may get a gradient.
+        needs: which of them do.
+    """
+
+    def grads(needs):
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
+        out = function(*tensors)
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
+        return [t.grad for t in tensors]
+
+    everything = grads((True,) * len(inputs))
+    with _Backwards(len(inputs)) as record:
+        got = grads(needs)
+    if not any(needs):
+        assert record.asked == []
+        return
+    ((flags, sizes),) = record.asked
+    assert flags == needs
+    for tensor, need, size, grad, full in zip(inputs, needs, sizes, got, everything, strict=True):
+        assert size == (tensor.numel() if need else 0)
+        assert (grad is not None) == need
+        if need:
+            torch.testing.assert_close(grad, full)
+
+
+def check(
+    case: cases.Case,
+    dtypes: str,
+    compute: Callable[[cases.Inputs, Tensor], list[Tensor]],
+    judge: str = "cpu",
+) -> None:
+    """Holds a case's results to the fp64 reference, with eager torch as the measure.
+
+    Args:
+        case: the shape.
+        dtypes: a name in `cases.DTYPES`.
+        compute: from inputs and the output's gradient, both on the CPU, to what NAMES lists.
+        judge: the device on which reference and eager torch run.
+    """
+    dtype, points = cases.DTYPES[dtypes]
+    inputs = cases.drawn(case).to(dtype, points=points)
+    cotangent = _cotangent(case, dtype)
+    at_judge = cotangent.to(judge)
+    exact = run(op("reference"), inputs.to(torch.float64, judge), at_judge)
+    eager = run(oracles.grid_sample, inputs.to(dtype, judge, points), at_judge)
+    wanted = (dtype, dtype, points, points)
+    _judge(NAMES, wanted, compute(inputs, cotangent), eager, exact)
+
+
+def _cotangent(case: cases.Case | cases.OffsetCase, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.queries, case.heads * case.channels)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _judge(names, dtypes, results, eager, exact) -> None:
+    for what, wanted, got, plain, expected in zip(
+        names, dtypes, results, eager, exact, strict=True
+    ):
+        assert got.dtype == wanted, f"{what}: {got.dtype}, not {wanted}"
+        assert_as_accurate_as_eager(what, got, plain, expected)
+
+
+def check_backend(
+    case: cases.Case, dtypes: str, backend: str, device: str, judge: str = "cpu"
+) -> None:
+    """`check` for one of our backends on a device."""
+    dtype, points = cases.DTYPES[dtypes]
+
+    def compute(inputs, cotangent):
+        return run(op(backend), inputs.to(dtype, device, points), cotangent.to(device))
+
+    check(case, dtypes, compute, judge)
+
+
+OFFSET_NAMES = (
+    "output",
+    "weights",
+    "gradient of value",
+    "gradient of reference points",
+    "gradient of offsets",
+    "gradient of logits",
+)
+
+
+def from_offsets(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The fused operator on one backend, with the arguments of `oracles.from_offsets`."""
+
+    def function(inputs, value, *points):
+        return ms_deform_attn_from_offsets(
+            value,
+            inputs.spatial_shapes,
+            *points,
+            **inputs.keywords,
+            return_weights=True,
+            backend=backend,
+        )
+
+    return function
+
+
+def run_offsets(function: Callable[..., tuple[Tensor, Tensor]], inputs, cotangents) -> list[Tensor]:
+    """Outputs and gradients of a function as `from_offsets` makes it, as OFFSET_NAMES has them."""
+    tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
+    outs = function(inputs, *tensors)
+    grads = torch.autograd.grad(
+        outs, tensors, [c.to(out) for c, out in zip(cotangents, outs, strict=True)]
+    )
+    return [t.detach().cpu() for t in (*outs, *grads)]
+
+
+def check_offsets(
+    case: cases.OffsetCase,
+    dtypes: str,
+    compute: Callable[[cases.OffsetInputs, list[Tensor]], list[Tensor]],
+) -> None:
+    """`check` for the fused operator.
+
+    Args:
+        case: the shape.
+        dtypes: a name in `cases.DTYPES`; points are offsets and logits.
+        compute: from inputs and the gradients by output and weights, all on the CPU, to what
+            OFFSET_NAMES lists.
+    """
+    dtype, points = cases.DTYPES[dtypes]
+    inputs = case.inputs(stored=points).to(dtype, points=points)
+    weights = torch.randn(inputs.attention_logits.shape, generator=torch.Generator().manual_seed(1))
+    cotangents = [_cotangent(case, dtype), weights.to(points)]
+    exact = run_offsets(from_offsets("reference"), inputs.to(torch.float64), cotangents)
+    eager = run_offsets(oracles.from_offsets, inputs, cotangents)
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    wanted = (dtype, points, dtype, compute_dtype, points, points)
+    _judge(OFFSET_NAMES, wanted, compute(inputs, cotangents), eager, exact)
+
+
+def check_offsets_backend(case: cases.OffsetCase, dtypes: str, backend: str, device: str) -> None:
+    """`check_offsets` for one of our backends on a device."""
+    dtype, points = cases.DTYPES[dtypes]
+
+    def compute(inputs, cotangents):
+        inputs = inputs.to(dtype, device, points)
+        return run_offsets(from_offsets(backend), inputs, [c.to(device) for c in cotangents])
+
+    check_offsets(case, dtypes, compute)
