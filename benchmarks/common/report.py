@@ -209,6 +209,11 @@ def caption(record: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def result_file(folder: Path, benchmark: str, device: str, suffix: str = "json") -> Path:
+    """How a command's results are named: <benchmark>-<device>.<suffix>."""
+    return folder / f"{benchmark}-{torch.device(device).type}.{suffix}"
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
