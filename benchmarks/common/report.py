@@ -238,11 +238,12 @@ def check_csv(path: Path, fields: Sequence[str]) -> None:
 
 
 def append_csv(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows below one header."""
+    """Append rows below one header, numbers with six digits."""
     check_csv(path, fields)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
