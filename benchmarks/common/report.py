@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every result records beside its numbers: machine, versions, commit, date."""
+"""What every result records beside its numbers: machine, versions, commit, date.
+
+torch.utils.collect_env has the same as prose for a bug report: lscpu's whole text, no clocks.
+"""
 
 from __future__ import annotations
 
