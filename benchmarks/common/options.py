@@ -193,17 +193,3 @@ def add_output(parser: argparse.ArgumentParser, what: str = "the results") -> No
         nargs=0,
         help=f"{what} go to benchmarks/results, which git tracks; from a clean checkout only",
     )
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Replaced by `add_device`."""
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=positive)
-
-
-def device_of(parser: argparse.ArgumentParser, asked: str) -> str:
-    """Replaced by `add_device`."""
-    try:
-        return device(asked)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"--device: {error}")
