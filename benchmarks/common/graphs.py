@@ -22,7 +22,7 @@ import torch
 from benchmarks.common.memory import first_line, is_out_of_memory
 from benchmarks.common.timing import Case, time_once
 
-KINDS = ("warm", "cold", "call")
+KINDS = WARM, COLD, CALL = "warm", "cold", "call"
 # Of one replay: far more than what an event can resolve.
 REPLAY_SECONDS = 1e-3
 MOST_CALLS = 200
@@ -121,13 +121,13 @@ def cases_of(
     made: dict[str, Case] = {}
     note = ""
     try:
-        if "warm" in kinds:
-            made["warm"] = Case(capture([first], calls, device, pool), first, calls=calls)
-        if "cold" in kinds:
-            made["cold"] = Case(capture(steps, in_turn, device, pool), calls=in_turn)
+        if WARM in kinds:
+            made[WARM] = Case(capture([first], calls, device, pool), first, calls=calls)
+        if COLD in kinds:
+            made[COLD] = Case(capture(steps, in_turn, device, pool), calls=in_turn)
     except NotCaptured as reason:
         flush = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device).zero_
-        made = {"warm": Case(several, first, calls=calls), "cold": Case(first, flush)}
+        made = {WARM: Case(several, first, calls=calls), COLD: Case(first, flush)}
         note = f"no CUDA graph ({reason}): its device times include waiting for the host"
-    made["call"] = Case(several, first, calls=calls, clock="host")
+    made[CALL] = Case(several, first, calls=calls, clock="host")
     return {kind: made[kind] for kind in kinds}, note

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every result records beside its numbers: machine, versions, commit, date."""
+"""What every result records beside its numbers: machine, versions, commit, date.
+
+torch.utils.collect_env has the same as prose for a bug report: lscpu's whole text, no clocks.
+"""
 
 from __future__ import annotations
 
@@ -209,6 +212,11 @@ def caption(record: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def result_file(folder: Path, benchmark: str, device: str, suffix: str = "json") -> Path:
+    """How a command's results are named: <benchmark>-<device>.<suffix>."""
+    return folder / f"{benchmark}-{torch.device(device).type}.{suffix}"
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,11 +241,12 @@ def check_csv(path: Path, fields: Sequence[str]) -> None:
 
 
 def append_csv(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows below one header."""
+    """Append rows below one header, numbers with six digits."""
     check_csv(path, fields)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -3,17 +3,17 @@
 
 A machine drifts while it is measured: clocks fall, a neighbour starts a job. Timing case A to
 the end before case B would book that drift on B. Here every round runs A, B, C, ... once, and
-what is reported are medians over rounds.
+what is reported are medians over rounds. torch.utils.benchmark.Timer measures each to its end.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from benchmarks.common.memory import first_line, is_out_of_memory
@@ -22,19 +22,6 @@ Key = TypeVar("Key")
 
 # Rounds that a case gets however slow it is: fewer have no median worth the name.
 LEAST_ROUNDS = 3
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-th quantile of values, 0 <= q <= 1, linear between neighbours (numpy's default)."""
-    if not values:
-        raise ValueError("values: expected at least one, got none")
-    if not 0.0 <= q <= 1.0:
-        raise ValueError(f"q: expected 0 <= q <= 1, got {q}")
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
@@ -50,15 +37,15 @@ class Timing:
 
     @property
     def p20(self) -> float:
-        return quantile(self.seconds, 0.2)
+        return float(np.quantile(self.seconds, 0.2))
 
     @property
     def median(self) -> float:
-        return quantile(self.seconds, 0.5)
+        return float(np.median(self.seconds))
 
     @property
     def p80(self) -> float:
-        return quantile(self.seconds, 0.8)
+        return float(np.quantile(self.seconds, 0.8))
 
     def as_json(self) -> dict[str, Any]:
         return {

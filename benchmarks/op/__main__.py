@@ -3,7 +3,13 @@
 
 import sys
 
-from benchmarks.op.cli import main
+from benchmarks.common.packages import named_if_missing
+
+with named_if_missing(
+    "Run `make bench-op`, which installs all that is needed; or `pip install '.[bench]'` in the "
+    "checkout."
+):
+    from benchmarks.op.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

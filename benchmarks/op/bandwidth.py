@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import report as _report
 from benchmarks.common.memory import first_line
-from benchmarks.common.timing import quantile, time_once
+from benchmarks.common.report import without_paths
+from benchmarks.common.timing import time_once
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -110,26 +111,26 @@ def measure_gpu(device: torch.device) -> Machine:
     try:
         return _measure_gpu(device)
     except Exception as error:
-        raise NotMeasured(_report.without_paths(first_line(error))) from error
+        raise NotMeasured(without_paths(first_line(error))) from error
 
 
 def _measure_gpu(device: torch.device) -> Machine:
-    from benchmarks.op import copy_kernel as _copy
+    from benchmarks.op import copy_kernel
 
     properties = torch.cuda.get_device_properties(device)
 
     def gb_per_s(size: int, rounds: int) -> float:
-        elements = size // 4 // _copy.BLOCK * _copy.BLOCK
+        elements = size // 4 // copy_kernel.BLOCK * copy_kernel.BLOCK
         source = torch.rand(elements, device=device)
         target = torch.empty_like(source)
 
         def run() -> None:
-            _copy.copy(target, source, rounds, properties.multi_processor_count)
+            copy_kernel.copy(target, source, rounds, properties.multi_processor_count)
 
         seconds = [time_once(run, device) for _ in range(12)][2:]
         if not torch.equal(source, target):
             raise NotMeasured("the copy kernel does not copy")
-        return 2 * source.nbytes * rounds / quantile(seconds, 0.5) / 1e9
+        return 2 * source.nbytes * rounds / statistics.median(seconds) / 1e9
 
     cached = properties.L2_cache_size // L2_SHARE // 2
     levels = (
@@ -147,6 +148,6 @@ def _run(*command: str) -> str:
     except subprocess.CalledProcessError as error:
         # The last line: a compiler's first ones say where, not what.
         said = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-        raise NotMeasured(_report.without_paths(f"{command[0]}: {said}")) from error
+        raise NotMeasured(without_paths(f"{command[0]}: {said}")) from error
     except (OSError, subprocess.SubprocessError) as error:
-        raise NotMeasured(_report.without_paths(str(error))) from error
+        raise NotMeasured(without_paths(str(error))) from error

@@ -16,7 +16,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import report as _report
+from benchmarks.common import options, report
 from benchmarks.common.console import (
     LOOK,
     chosen_backend,
@@ -34,19 +33,21 @@ from benchmarks.common.console import (
     times,
     wide_console,
 )
+from benchmarks.common.gate import RedGateError, held, show_red
 from benchmarks.common.memory import Peak, peak_in_child
-from benchmarks.common.options import add_device_arguments, device_of, positive
 from benchmarks.common.timing import Case, OutOfMemory, ratio, take_turns
+from benchmarks.op.numerics import accuracy, accuracy_table
 from vitadapter_ops import explain_backend, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.testing import cases, gate
+from vitadapter_ops.testing.tolerances import ROUNDED_ONCE_FACTOR
 
 PASSES = ("forward", "forward + backward")
 METHODS = ("chain", "fused")
 # Of the time and of the peak memory of the chain, on a CPU.
 LEAST_SPEED_UP = {"forward": 1.6, "forward + backward": 1.25}
 MOST_MEMORY = 0.6
-MOST_ERROR = 1.2
 WIDTHS = (64, 167, 512)
+DTYPES = ("fp32", "fp16", "bf16")
 BENCH = tuple(cases.fused(case) for case in cases.BENCH if case.grids)
 
 
@@ -133,10 +134,11 @@ def counted(case: cases.OffsetCase, dtype: torch.dtype, method: str) -> tuple[in
 
 
 def speed_table(
-    chosen: Sequence[cases.OffsetCase], args: argparse.Namespace, device: str, console: Console
+    chosen: Sequence[cases.OffsetCase], name: str, args: argparse.Namespace, console: Console
 ) -> tuple[Table, list[dict[str, Any]]]:
-    dtype = getattr(torch, args.dtype)
-    table = Table(title=f"From offsets and logits to the output, {args.dtype}, ms", **LOOK)
+    """Time and memory at the dtype of this name."""
+    dtype, device = cases.DTYPES[name][0], args.device
+    table = Table(title=f"From offsets and logits to the output, {name}, ms", **LOOK)
     columns(table, "shape", "pass", "chain", "fused", "ratio", "chain MiB", "fused MiB", "share")
     rows = []
     with progress_on(console) as progress:
@@ -145,7 +147,7 @@ def speed_table(
             for which in PASSES:
                 steps = {m: Case(prepare(case, m, which, dtype, device)) for m in METHODS}
                 timed = take_turns(
-                    steps, device=torch.device(device), warmup=3, repeats=args.repeats
+                    steps, device=torch.device(device), warmup=3, repeats=args.rounds
                 )
                 del steps
                 peaks = {
@@ -154,7 +156,7 @@ def speed_table(
                     )
                     for m in METHODS
                 }
-                rows.append(row(case, which, timed, peaks))
+                rows.append({"dtype": name, **row(case, which, timed, peaks)})
                 add_row(table, rows[-1])
                 progress.advance(task)
     return table, rows
@@ -193,15 +195,22 @@ def _products(layers: Sequence[torch.nn.Linear], query: Tensor, together: bool) 
     return torch.nn.functional.linear(query, weight, bias).split(widths, -1)
 
 
-def prepare_products(case: cases.OffsetCase, together: bool, which: str, device: str):
+def prepare_products(
+    case: cases.OffsetCase,
+    together: bool,
+    which: str,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+):
     """As `prepare`, for the projections of queries as wide as all heads."""
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
     width, points = case.heads * case.channels, case.heads * sum(case.points)
-    layers = [torch.nn.Linear(width, n * points, device=device) for n in (2, 1)]
-    query = torch.randn(case.batch, case.queries, width, device=device)
+    layers = [torch.nn.Linear(width, n * points, **made) for n in (2, 1)]
+    query = torch.randn(case.batch, case.queries, width, **made)
     if which == "forward":
         return partial(forward, partial(_products, layers, together=together), query)
     leaves = [query.requires_grad_(), *(p for layer in layers for p in layer.parameters())]
-    cotangents = [torch.randn(*query.shape[:2], n * points, device=device) for n in (2, 1)]
+    cotangents = [torch.randn(*query.shape[:2], n * points, **made) for n in (2, 1)]
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(_products(layers, query, together), leaves, cotangents)
@@ -210,15 +219,15 @@ def prepare_products(case: cases.OffsetCase, together: bool, which: str, device:
 
 
 def products_table(
-    chosen: Sequence[cases.OffsetCase], args: argparse.Namespace, device: str
+    chosen: Sequence[cases.OffsetCase], device: str, rounds: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    table = Table(title="Offsets and logits from the query, float32, ms", **LOOK)
+    table = Table(title="Offsets and logits from the query, fp32, ms", **LOOK)
     columns(table, "shape", "pass", "two products", "one", "ratio")
     rows = []
     for case in chosen:
         for which in PASSES:
             steps = {t: Case(prepare_products(case, t, which, device)) for t in (False, True)}
-            timed = take_turns(steps, device=torch.device(device), warmup=3, repeats=args.repeats)
+            timed = take_turns(steps, device=torch.device(device), warmup=3, repeats=rounds)
             two, one = timed[False], timed[True]
             if isinstance(two, OutOfMemory) or isinstance(one, OutOfMemory):
                 continue
@@ -241,95 +250,11 @@ def bytes_table(chosen: Sequence[cases.OffsetCase]) -> Table:
     table = Table(title="Counted: MiB kept for the backward, and moved by a forward", **LOOK)
     columns(table, "shape", "dtype", "kept: chain", "fused", "moved: chain", "fused")
     for case in chosen:
-        for dtype in (torch.float32, torch.bfloat16):
+        for name in ("fp32", "bf16"):
+            dtype = cases.DTYPES[name][0]
             (kept, moved), (kept_fused, moved_fused) = (counted(case, dtype, m) for m in METHODS)
             numbers = (kept, kept_fused, moved, moved_fused)
-            name = str(dtype).removeprefix("torch.")
             table.add_row(case.name, name, *(f"{number / 2**20:.2f}" for number in numbers))
-    return table
-
-
-def accuracy(width: int, device: str) -> dict[str, Any]:
-    """Errors of positions, in pixels, and of the output, relative to fp64, on a map `width` wide.
-
-    once: offsets and logits are rounded to bf16, as a Linear leaves them, and all else is exact.
-    fused: the operator, given these. native: references, offsets and their sum in bf16, and the
-    position computed from it in bf16, as kernels for bf16 locations do.
-    """
-    shape = [(8, width)]
-    case = cases.OffsetCase("", tuple(shape), (8,), 1, 4096, 4, 8, spread=2.0)
-    g = torch.Generator().manual_seed(0)
-    inputs = case.inputs(stored=torch.float64).to(torch.float64)
-    value = torch.randn(inputs.value.shape, generator=g, dtype=torch.float64)
-    _, reference, offsets, logits = inputs.tensors
-    reference = reference.clamp(0.02, 0.98)
-    rounded, coarse = offsets.bfloat16(), logits.bfloat16()
-
-    def exactly(offsets: Tensor, logits: Tensor) -> Tensor:
-        return ms_deform_attn_from_offsets(
-            value, shape, reference, offsets, logits, backend="reference"
-        )
-
-    exact, once = exactly(offsets, logits), exactly(rounded.double(), coarse.double())
-    ours = ms_deform_attn_from_offsets(
-        value.float().to(device),
-        shape,
-        reference.float().to(device),
-        rounded.to(device),
-        coarse.to(device),
-    )
-    sides = torch.tensor([width, 8], dtype=torch.bfloat16)
-    locations = reference.bfloat16()[:, :, None] + rounded / sides
-    native = (locations * sides - 0.5).double()
-    positions = reference[:, :, None] * sides.double() + offsets - 0.5
-    one = positions - offsets + rounded.double()
-    out = ms_deform_attn(
-        value,
-        shape,
-        ((native + 0.5) / sides.double())[:, :, :, None],
-        coarse.double().softmax(-1)[:, :, :, None],
-        backend="reference",
-    )
-
-    def error(got: Tensor) -> float:
-        return ((got.double().cpu() - exact).norm() / exact.norm()).item()
-
-    def pixels(got: Tensor) -> tuple[float, float]:
-        away = (got - positions)[..., 0].abs()
-        return away.mean().item(), away.max().item()
-
-    return {
-        "width": width,
-        "once": error(once),
-        "fused": error(ours),
-        "native": error(out),
-        "once_pixels": pixels(one),
-        "native_pixels": pixels(native),
-    }
-
-
-def accuracy_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="bf16 offsets and logits, fp32 reference: error against fp64", **LOOK)
-    columns(
-        table,
-        "width",
-        "px rounded once",
-        "px bf16 locations",
-        "output rounded once",
-        "fused",
-        "bf16 locations",
-        "fused / once",
-    )
-    for row in rows:
-        table.add_row(
-            str(row["width"]),
-            "{:.4f} (max {:.3f})".format(*row["once_pixels"]),
-            "{:.4f} (max {:.3f})".format(*row["native_pixels"]),
-            f"{row['once']:.4f}",
-            f"{row['fused']:.4f}",
-            f"{row['native']:.4f}",
-            f"{row['fused'] / row['once']:.3f}",
-        )
     return table
 
 
@@ -344,8 +269,10 @@ def verdicts(record: dict[str, Any]) -> list[str]:
         met = worst["memory_share"] <= MOST_MEMORY
         lines.append(_verdict(f"{which} at most {MOST_MEMORY}x the memory", met, worst))
     worst = max(r["fused"] / r["once"] for r in record["accuracy"])
-    state = "met" if worst <= MOST_ERROR else "missed"
-    lines.append(f"{state}: error at most {MOST_ERROR}x of rounding once (worst {worst:.3f}x)")
+    state = "met" if worst <= ROUNDED_ONCE_FACTOR else "missed"
+    lines.append(
+        f"{state}: error at most {ROUNDED_ONCE_FACTOR}x of rounding once (worst {worst:.3f}x)"
+    )
     return lines
 
 
@@ -354,49 +281,54 @@ def _verdict(what: str, met: bool, worst: dict[str, Any]) -> str:
     return f"{'met' if met else 'missed'}: {what} (worst: {worst['case']}, {numbers})"
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_arguments(parser)
-    parser.add_argument("--cases", default="", help="only shapes whose name contains this")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=positive, default=20)
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
-    args = parser.parse_args(argv)
-    if not any(args.cases in case.name for case in BENCH):
-        names = ", ".join(case.name for case in BENCH)
-        parser.error(f"--cases: expected a part of one of {names}, got {args.cases!r}")
-    args.threads = args.threads or torch.get_num_threads()
-    return args, device_of(parser, args.device)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.op.fused", description=__doc__.splitlines()[0]
+    )
+    options.add_device(parser)
+    options.add_cases(parser, [case.name for case in BENCH])
+    options.add_dtypes(
+        parser, DTYPES, default=["fp32"], help="dtypes of all tensors (default: fp32)"
+    )
+    options.add_rounds(parser, 20)
+    options.add_output(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, device = parse(argv)
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     console = wide_console()
-    explanation = explain_backend(device, op="ms_deform_attn_from_offsets")
+    backend = chosen_backend(explain_backend(args.device, op="ms_deform_attn_from_offsets"))
     record: dict[str, Any] = {
-        **_report.origin(torch.device(device), "vitadapter_ops"),
-        "backends": {"ran": {"fused": chosen_backend(explanation)}},
-        "settings": {"dtype": args.dtype, "repeats": args.repeats},
+        **report.origin(torch.device(args.device), "vitadapter_ops"),
+        "backends": {"ran": {"fused": backend}},
+        "settings": {"dtype": args.dtype, "rounds": args.rounds},
     }
-    console.print(_report.caption(record), style="dim", highlight=False)
-    name = next(case for case in cases.OFFSETS if case.name == "three-levels")
-    backend = record["backends"]["ran"]["fused"].split()[0]
-    for dtypes in ("fp32", "bf16"):
-        gate.check_offsets_backend(name, dtypes, backend, device)
+    console.print(report.caption(record), style="dim", highlight=False)
+    small = next(case for case in cases.OFFSETS if case.name == "three-levels")
+    try:
+        for name in dict.fromkeys(("fp32", "bf16", *args.dtype)):
+            with held(f"{small.name}, {name}"):
+                gate.check_offsets_backend(small, name, backend.split()[0], args.device)
+    except RedGateError as error:
+        show_red(console, error)
+        return 1
 
-    chosen = [case for case in BENCH if args.cases in case.name]
-    table, record["speed"] = speed_table(chosen, args, device, console)
-    record["accuracy"] = [accuracy(width, device) for width in WIDTHS]
-    products, record["products"] = products_table(chosen, args, device)
-    for shown in (table, products, bytes_table(chosen), accuracy_table(record["accuracy"])):
+    chosen = options.matching(BENCH, args.cases)
+    speed = [speed_table(chosen, name, args, console) for name in dict.fromkeys(args.dtype)]
+    record["speed"] = [row for _, rows in speed for row in rows]
+    record["accuracy"] = [accuracy(width, args.device) for width in WIDTHS]
+    products, record["products"] = products_table(chosen, args.device, args.rounds)
+    tables = (*(table for table, _ in speed), products, bytes_table(chosen))
+    for shown in (*tables, accuracy_table(record["accuracy"])):
         console.print(shown)
         console.print()
     for line in verdicts(record):
         console.print(line, highlight=False, markup=False)
-    if args.json is not None:
-        _report.write_json(args.json, record)
-        console.print(f"Written to: {args.json}", highlight=False, markup=False)
+    path = report.result_file(args.out, "fused", args.device)
+    report.write_json(path, record)
+    console.print(f"Written: {path}", highlight=False, markup=False)
     return 0
 
 

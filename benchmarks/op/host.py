@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from rich.table import Table
@@ -21,7 +20,6 @@ from torch import Tensor
 import vitadapter_ops
 from benchmarks.common.console import LOOK, columns
 from benchmarks.common.timing import Timing
-from vitadapter_ops import _dispatch, functional
 from vitadapter_ops.testing import cases
 
 LEVELS = ((4, 4), (2, 2), (1, 1), (1, 1))
@@ -98,59 +96,50 @@ def steps(device: str, backends: list[str]) -> dict[Key, Step]:
     return made
 
 
-@contextlib.contextmanager
-def _launch_of_nothing() -> Iterator[None]:
-    """Triton's operators as on a GPU, for tensors on a CPU, up to the launch."""
+def _launch_nothing() -> None:
+    """From here on Triton's operators run on a CPU's tensors as on a GPU's, up to the launch.
+
+    It stays so until the process ends, as does what the library remembers of these calls.
+    """
     import triton
+    from triton.backends.compiler import GPUTarget
 
-    from vitadapter_ops.triton import launch
-
-    target = SimpleNamespace(backend="cuda", arch=90, warp_size=32)
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    from vitadapter_ops.triton import availability, launch
 
     class Kernel:
         def __getitem__(self, grid):
             return lambda *arguments: None
 
-    backends = tuple(
-        _dispatch.Backend("triton", "_triton", lambda call: None) if b.name == "triton" else b
-        for b in _dispatch.BACKENDS
-    )
-    stub = SimpleNamespace(runtime=SimpleNamespace(driver=driver), compile=triton.compile)
+    target = GPUTarget("cuda", 90, 32)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    availability.why_not = lambda device: None
+    launch.Source.compile = lambda source, target: Kernel()
 
-    def forget():
-        for each in (_dispatch._chosen, functional._plans, launch._known):
-            each.clear()
-        launch._prepare.cache_clear()
 
-    forget()
-    with (
-        mock.patch.object(_dispatch, "BACKENDS", backends),
-        mock.patch.object(launch, "triton", stub),
-        mock.patch.object(launch.Source, "compile", return_value=Kernel()),
-    ):
-        yield
-    forget()
+def _backends(gpu: bool) -> list[str]:
+    """What to call on a device of this kind; without a GPU, Triton with no launch."""
+    available = vitadapter_ops.available_backends()
+    native = "cuda" if gpu else "cpu"
+    found = [native] if native in available else []
+    if gpu:
+        return found + ["triton"] * ("triton" in available)
+    with contextlib.suppress(ImportError):
+        from vitadapter_ops.triton import launch
+
+        if not launch.INTERPRETED:
+            _launch_nothing()
+            found.append("triton")
+    return found
 
 
 def measure(device: str, batches: int) -> dict[Key, Timing]:
-    """Seconds of a call, one sample for each batch; operators and backends take turns."""
-    gpu = torch.device(device).type == "cuda"
-    available = vitadapter_ops.available_backends()
-    native = "cuda" if gpu else "cpu"
-    backends = [native] if native in available else []
-    stubbed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if gpu and "triton" in available:
-        backends.append("triton")
-    elif not gpu:
-        with contextlib.suppress(ImportError):
-            from vitadapter_ops.triton import launch
+    """Seconds of a call, one sample for each batch; operators and backends take turns.
 
-            if not launch.INTERPRETED:
-                backends.append("triton")
-                stubbed = _launch_of_nothing()
-    with stubbed:
-        return _measure(steps(device, backends), batches, torch.cuda.synchronize if gpu else None)
+    On a CPU for a process that does nothing else, see `_launch_nothing`.
+    """
+    gpu = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if gpu else None
+    return _measure(steps(device, _backends(gpu)), batches, wait)
 
 
 def _measure(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common import report as _report
 from benchmarks.common.memory import first_line
+from benchmarks.common.report import versions, without_paths
 from vitadapter_ops.testing import cases, gate, oracles
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # value, locations, weights
@@ -45,13 +45,13 @@ class Implementation:
             importlib.import_module(self.module)
         except (ImportError, OSError, SyntaxError) as error:
             # OSError: a library of its own does not load; SyntaxError: it is for a newer Python.
-            return _report.without_paths(first_line(error))
+            return without_paths(first_line(error))
         return self.reason()
 
     @property
     def version(self) -> str | None:
         package = self.module.split(".")[0]
-        return _report.versions(package)[package]
+        return versions(package)[package]
 
 
 def _ours(inputs: cases.Inputs, backend: str = "auto") -> Call:
@@ -220,6 +220,10 @@ RIVALS = (
         dtypes=(torch.float64, torch.float32, torch.float16),
     ),
 )
+
+
+def named(name: str) -> Implementation:
+    return next(each for each in (OURS, *RIVALS) if each.name == name)
 
 
 def is_rival(name: str) -> bool:

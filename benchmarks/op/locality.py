@@ -20,11 +20,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from benchmarks.common import options
 from vitadapter_ops.testing import cases
 
 THREADS, PACK = 256, 16  # of a block; bytes that a lane loads
 RUN, BAND = 64, 8
-SIZES = {"fp32": 4, "bf16": 2}
 
 
 def rows_of_a_block(channels: int, size: int) -> int:
@@ -88,13 +88,20 @@ def shares(case: cases.Case, size: int) -> tuple[int, list[float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.op.locality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_cases(parser, [case.name for case in cases.GPU_BENCH])
+    dtypes = ["fp32", "bf16"]
+    options.add_dtypes(parser, dtypes, default=dtypes, help="dtypes of value (default: both)")
+    args = parser.parse_args(argv)
     print("| shape | dtype | gathered, MB an image | order of memory | runs | squares |")
     print("|---|---|---|---|---|---|")
-    for case in cases.GPU_BENCH:
-        for dtype, size in SIZES.items():
+    for case in options.matching(cases.GPU_BENCH, args.cases):
+        for dtype in args.dtype:
+            size = cases.DTYPES[dtype][0].itemsize
             gathered, found = shares(replace(case, locations="local"), size)
             cells = [f"{share:.2f}" for share in found] + ["-"] * (3 - len(found))
             print(f"| {case.name} | {dtype} | {gathered / 1e6:.0f} | {' | '.join(cells)} |")

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import report as _report
 from benchmarks.common.console import LOOK, columns
+from benchmarks.common.report import usable_cores
 from benchmarks.common.timing import Case, OutOfMemory, Timing, take_turns
-from benchmarks.op import implementations as _rivals
+from benchmarks.op.implementations import OURS, step_of
+from benchmarks.op.measure import green_dtypes
+from benchmarks.op.results import Settings
 from vitadapter_ops.testing import cases
-
-if TYPE_CHECKING:
-    from benchmarks.op.cli import Settings
 
 NOTE = (
     "Each figure is the cost of one query, one image, or of one thread's share of the work, as a "
@@ -60,14 +59,14 @@ def measure(
 ) -> dict[tuple[Variant, str], Timing | OutOfMemory]:
     """Every variant and pass of one case, taking turns."""
     device = torch.device(settings.device)
-    cores = _report.usable_cores() if device.type == "cpu" else 1
+    cores = usable_cores() if device.type == "cpu" else 1
     steps: dict[tuple[Variant, str], Case] = {}
     for variant in variants(case, settings.threads, cores):
         value, points = cases.DTYPES[dtype]
         inputs = variant.case.inputs().to(value, settings.device, points)
-        call = _rivals.OURS.bind(inputs)
+        call = OURS.bind(inputs)
         for which in settings.passes:
-            step = _rivals.step_of(_rivals.OURS, call, inputs, which)
+            step = step_of(OURS, call, inputs, which)
             steps[variant, which] = _on(variant.threads, step)
     try:
         return take_turns(
@@ -121,3 +120,17 @@ def table(timings: dict[tuple[Variant, str], Timing | OutOfMemory]) -> Table:
             ]
             result.add_row(axis, which, "   ".join(cells))
     return result
+
+
+def show(settings: Settings, console: Console) -> bool:
+    """Measures and prints every case that passes the gate; returns whether all did."""
+    green = True
+    for case in settings.cases:
+        # Cost changes with the shape, and so may which code runs: both ends must be right.
+        dtypes = green_dtypes(settings, console, case, replace(case, heads=1, batch=1))
+        green &= len(dtypes) == len(settings.dtypes)
+        for dtype in dtypes:
+            console.print(table(measure(settings, case, dtype)))
+            console.print()
+    console.print(NOTE, style="dim", highlight=False)
+    return green

@@ -11,12 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.common.console import LOOK, columns
+from benchmarks.common.graphs import COLD, WARM
 from benchmarks.common.timing import ratio
 from benchmarks.gpu.cards import CARDS, card_of
 from benchmarks.op.implementations import DETERMINISTIC, OURS, TRITON, is_rival
-
-WARM, COLD = "warm", "cold"  # kinds of time, see _graphs.py
-PASSES = ("forward", "backward", "both")
+from benchmarks.op.traffic import BOTH, PASSES
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def of_times(record: Mapping[str, Any]) -> list[Measured]:
     found = []
     for row in rows:
         case, dtype, name, which = (row[k] for k in ("case", "dtype", "implementation", "pass"))
-        if which in PASSES and row["us"] is not None:
+        if which in (*PASSES, BOTH) and row["us"] is not None:
             mib = peaks.get((case, dtype, name)) if which == "backward" else None
             # The shapes of this benchmark have points around their queries alone.
             seconds = {WARM: row["us"] * 1e-6}
@@ -266,15 +265,14 @@ CPU_TARGETS = (
     NARROW,
 )
 BACKWARD, FORWARD = (OURS.name, "backward"), (OURS.name, "forward")
-# The fused operator and the chain of operations that it replaces, as _gpu_times.py names them.
+# The fused operator and the chain of operations that it replaces, as gpu/times.py names them.
 FUSED, CHAIN = f"{OURS.name}-fused", f"{OURS.name}-chain"
-EACH = ("forward", "backward")
 # With warm caches, in one run. The same for both kinds: what differs between them is memory, which
 # decides none of these shapes.
 SXM_TARGETS = (
-    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 3) for which in EACH),
-    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 4, "bf16") for which in EACH),
-    *(faster(GPU_ENCODER, which, DEFORMOPS, 1.5, "*") for which in EACH),
+    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 3) for which in PASSES),
+    *(faster(GPU_ENCODER, which, DEFORMABLE_DETR, 4, "bf16") for which in PASSES),
+    *(faster(GPU_ENCODER, which, DEFORMOPS, 1.5, "*") for which in PASSES),
     less_memory(GPU_ENCODER, "backward", DEFORMOPS),
     among_ours(GPU_ENCODER, MOST, 3, BACKWARD, FORWARD, "to our forward"),
     among_ours(
@@ -282,18 +280,18 @@ SXM_TARGETS = (
     ),
     *(
         among_ours(GPU_ENCODER, ENOUGH, 2, (CHAIN, which), (FUSED, which), "unfused to fused")
-        for which in ("forward", "both")
+        for which in ("forward", BOTH)
     ),
     at_most(GPU_DECODER, "forward", 6, "bf16"),
     at_most(GPU_DECODER, "backward", 30, "bf16"),
     *(
         faster(cases, which, DEFORMABLE_DETR, 4, "*")
         for cases in (VIT_ADAPTER, DINOV3)
-        for which in EACH
+        for which in PASSES
     ),
     *(
         among_ours("*", MOST, 1.5, (TRITON.name, which), (OURS.name, which), "our Triton to CUDA")
-        for which in EACH
+        for which in PASSES
     ),
     NARROW,
 )

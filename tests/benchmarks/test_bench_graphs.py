@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 
-from benchmarks.common import graphs as _graphs
+from benchmarks.common import graphs
 from benchmarks.common.graphs import NotCaptured
 from benchmarks.common.timing import Case, OutOfMemory, take_turns
 
@@ -49,8 +49,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "own stream")
-    monkeypatch.setattr(_graphs, "l2_bytes", lambda device: 1 << 20)
-    monkeypatch.setattr(_graphs, "time_once", lambda run, device: run() or 1e-4)
+    monkeypatch.setattr(graphs, "l2_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(graphs, "time_once", lambda run, device: run() or 1e-4)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device, **rest: empty(*size, **rest))
     return fail
@@ -68,14 +68,14 @@ def counting():
 
 
 def test_copies_keep_twice_l2_between_two_uses():
-    assert _graphs.copies(10, 50) == 11
-    assert _graphs.copies(200, 50) == 2
-    assert _graphs.copies(0, 50) == 101  # nothing to read: any number does
+    assert graphs.copies(10, 50) == 11
+    assert graphs.copies(200, 50) == 2
+    assert graphs.copies(0, 50) == 101  # nothing to read: any number does
 
 
 def test_calls_fill_a_replay_and_cold_ones_take_the_copies_in_turn(gpu):
     steps, seen = zip(*(counting() for _ in range(3)), strict=True)
-    made, note = _graphs.cases_of(steps, DEVICE, None)
+    made, note = graphs.cases_of(steps, DEVICE, None)
     assert note == ""
     # A tenth of a millisecond each: ten calls, of copies twelve, so that each has as many.
     assert {kind: case.calls for kind, case in made.items()} == {"warm": 10, "cold": 12, "call": 10}
@@ -92,7 +92,7 @@ def test_calls_fill_a_replay_and_cold_ones_take_the_copies_in_turn(gpu):
 
 def test_every_copy_ran_before_it_is_captured(gpu):
     steps, seen = zip(*(counting() for _ in range(2)), strict=True)
-    _graphs.cases_of(steps, DEVICE, None)
+    graphs.cases_of(steps, DEVICE, None)
     assert [each[0] for each in seen] == ["eager", "eager"]
 
 
@@ -103,10 +103,10 @@ def test_a_step_that_waits_is_timed_eagerly_with_the_first_error_as_note(gpu):
         if Graph.recording is not None:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    made, note = _graphs.cases_of([waits, waits], DEVICE, None)
+    made, note = graphs.cases_of([waits, waits], DEVICE, None)
     assert "operation not permitted when stream is capturing" in note
     assert "invalidated" not in note
-    assert set(made) == set(_graphs.KINDS)
+    assert set(made) == set(graphs.KINDS)
     assert made["cold"].calls == 1
     for case in made.values():
         if case.before is not None:
@@ -120,7 +120,7 @@ def test_running_out_of_memory_is_not_taken_for_a_step_that_waits(gpu):
 
     for gpu["capture"] in (False, True):
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            _graphs.capture([greedy], 1, DEVICE, None)
+            graphs.capture([greedy], 1, DEVICE, None)
         gpu.clear()
 
 
@@ -132,7 +132,7 @@ def test_an_error_of_ending_the_capture_alone_is_reported(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", failing)
     with pytest.raises(NotCaptured, match="no nodes"):
-        _graphs.capture([lambda: None], 1, DEVICE, None)
+        graphs.capture([lambda: None], 1, DEVICE, None)
 
 
 def test_time_of_several_calls_is_recorded_as_of_one():

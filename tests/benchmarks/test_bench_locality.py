@@ -35,3 +35,12 @@ def test_squares_share_more_than_lines():
     gathered, (memory, runs, squares) = locality.shares(case, 2)
     assert 0.7 < gathered / (256 * 2 * 4 * 4 * 32 * 2) < 1
     assert squares < runs < memory
+
+
+def test_command_counts_the_shapes_and_dtypes_asked_for(capsys):
+    assert locality.main(["--cases", "decoder*", "--dtype", "bf16"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    name, dtype, _, memory, runs, squares = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (name, dtype) == ("decoder-800x1333", "bf16")
+    assert float(runs) <= float(memory) <= 1
+    assert squares == "-"  # its queries are no pixels

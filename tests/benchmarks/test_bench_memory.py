@@ -11,8 +11,12 @@ import child_steps
 import pytest
 from optional import require_cuda
 
-from benchmarks.common import memory as _memory
-from benchmarks.common.memory import ChildError, peak_in_child
+from benchmarks.common.memory import (
+    ChildError,
+    available_bytes,
+    is_out_of_memory,
+    peak_in_child,
+)
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS as on Linux")
@@ -64,16 +68,16 @@ def test_child_that_ends_silently_is_an_error():
     ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "std::bad_alloc"],
 )
 def test_known_messages_are_out_of_memory(text):
-    assert _memory.is_out_of_memory(RuntimeError(text))
+    assert is_out_of_memory(RuntimeError(text))
 
 
 def test_other_errors_are_not_out_of_memory():
-    assert not _memory.is_out_of_memory(RuntimeError("expected 4 levels, got 3"))
+    assert not is_out_of_memory(RuntimeError("expected 4 levels, got 3"))
 
 
 @LINUX
 def test_available_memory_is_known():
-    assert _memory.available_bytes() > 0
+    assert available_bytes() > 0
 
 
 @pytest.mark.gpu

@@ -1,44 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/common/timing.py: quantiles, turns, and what becomes of a case that does not fit."""
+"""benchmarks/common/timing.py: spread, turns, and what becomes of a case that does not fit."""
 
 from __future__ import annotations
 
 import time
 
-import numpy as np
 import pytest
 import torch
 from optional import require_cuda
 
-from benchmarks.common.timing import (
-    LEAST_ROUNDS,
-    Case,
-    OutOfMemory,
-    Timing,
-    quantile,
-    ratio,
-    take_turns,
-)
+from benchmarks.common.timing import LEAST_ROUNDS, Case, OutOfMemory, Timing, ratio, take_turns
 
 CPU = torch.device("cpu")
 TOO_MUCH = 2**45  # 128 TiB of float32: no machine has it, every allocator refuses it
-
-
-@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_quantile_agrees_with_numpy(count, q):
-    values = np.random.default_rng(0).random(count)
-    assert quantile(values.tolist(), q) == pytest.approx(np.quantile(values, q))
-
-
-def test_quantile_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one"):
-        quantile([], 0.5)
-
-
-def test_quantile_outside_zero_to_one_is_refused():
-    with pytest.raises(ValueError, match="q: expected"):
-        quantile([1.0], 20)
 
 
 @pytest.mark.parametrize(
