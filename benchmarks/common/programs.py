@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +41,8 @@ def cuda_tool(name: str) -> str | None:
 
     beside = None if CUDA_HOME is None else shutil.which(name, path=str(Path(CUDA_HOME) / "bin"))
     return shutil.which(name) or beside
+
+
+def module(name: str) -> tuple[str, ...]:
+    """The command that runs a module of `benchmarks`, from the folder of the checkout."""
+    return (sys.executable, "-m", f"benchmarks.{name}")
