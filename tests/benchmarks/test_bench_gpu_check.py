@@ -16,8 +16,10 @@ import torch
 from processes import children_of, is_gone, wait_until
 
 from benchmarks.common.programs import module
-from benchmarks.gpu import check, plan
+from benchmarks.gpu import ceilings, check, plan
 from benchmarks.gpu.plan import Plan
+from benchmarks.models import adapter_vs_vit, attention
+from benchmarks.op import cli
 from vitadapter_ops.testing import cases
 
 
@@ -127,31 +129,40 @@ def test_a_missing_package_can_be_named_as_none_is_imported_before():
 
 
 def test_commands_of_the_plan_are_understood(tmp_path, monkeypatch):
-    from benchmarks.models import adapter_vs_vit as model
-    from benchmarks.models import attention as attn
-    from benchmarks.op import cli as op
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(plan, "sanitizer", lambda: "compute-sanitizer")
     commands = {each.name: each.command for each in plan_of(tmp_path).steps()}
-    args = op.parse(commands["op"][3:])
-    settings = op.settings_of(args)
+    args = cli.parse(commands["op"][3:])
+    settings = cli.settings_of(args)
     assert settings.on_gpu
     assert settings.dtypes == ("fp32", "fp16", "bf16")
     assert settings.passes == ("forward", "backward", "both")
     assert settings.cases[0].name == "encoder-800x1333"
     assert settings.cases[0].locations == "local"
     assert len(settings.cases) == 2 * len(cases.GPU_BENCH)
-    assert attn.parse(commands["attn"][3:]).device == "cuda"
-    assert model.parse(commands["model"][3:])[0].sizes == ["base", "large"]
-    assert op.parse(commands["host"][3:]).host
+    assert attention.parse(commands["attn"][3:]).device == "cuda"
+    assert adapter_vs_vit.parse(commands["model"][3:])[0].sizes == ["base", "large"]
+    assert cli.parse(commands["host"][3:]).host
     assert commands["memcheck"][-1] == "small"
     assert "--report-api-errors" in commands["memcheck"]
     assert "--racecheck-detect-level" in commands["racecheck"]
 
 
-# --- run ---
+def test_what_ceilings_measure_is_kept(tmp_path, monkeypatch):
+    """The one stage that no rehearsal runs."""
+    measured = [ceilings.Ceiling("copy", "GB/s", 2.0, 1.0, {"mib": 22})]
+    monkeypatch.setattr(ceilings, "build", lambda folder, capability: folder)
+    monkeypatch.setattr(ceilings, "measure", lambda program, seconds: measured)
+    monkeypatch.setattr(ceilings.report, "origin", lambda device: {"device": device.type})
+    made = plan_of(tmp_path)
+    (step,) = [each for each in made.steps() if each.name == "ceilings"]
+    assert ceilings.main(step.command[3:]) == 0
+    kept = json.loads((made.out / step.writes[0]).read_text())
+    assert (kept["device"], kept["ceilings"][0]["name"]) == ("cuda", "copy")
+
+
+# --- run ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
@@ -162,11 +173,11 @@ def test_a_run_that_is_ended_ends_its_steps_and_keeps_what_they_found(tmp_path, 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, start_new_session=True, env=environment)
     wait_until((out / "smoke-cuda.log").exists)
-    children = children_of(process.pid)
-    assert len(children) >= 2
+    started = children_of(process.pid)
+    assert len(started) >= 2
     os.kill(process.pid, number)
     assert process.wait(30) == 128 + number
-    assert all(map(is_gone, children))
+    assert all(map(is_gone, started))
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["ok"]
     assert {each["detail"] for each in summary["steps"] if each["stage"] == "smoke"} == {
