@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from benchmarks.common import report
     from benchmarks.gpu.plan import Plan
-    from benchmarks.gpu.runner import Run
+    from benchmarks.gpu.runner import ENDING, Run
 
     out = args.out.resolve()
     try:
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu-check: --out: cannot write to {out}: {error.strerror}", file=sys.stderr)
         return 2
     with (
-        exit_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),  # so that steps end with this
+        exit_on(*ENDING),  # so that the folder goes
         tempfile.TemporaryDirectory() as folder,
     ):
         archives = args.archives if {"times", "op"} & set(args.stages) else []

@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.common import report
 from benchmarks.common.console import LOOK, columns, wide_console
 from benchmarks.common.options import add_seconds
-from benchmarks.common.programs import cuda_tool, exit_on, module
+from benchmarks.common.programs import cuda_tool, exit_on, module, noted
 
 PROGRAM = module("gpu.profiled")
 SAMPLE = report.REPOSITORY / "tests" / "benchmarks" / "ncu.csv"
@@ -135,20 +135,23 @@ class Ended:
 
 def run(command: Sequence[str], seconds: float) -> Ended:
     """Runs a program, and ends it with all that it started when time is up."""
-    process = subprocess.Popen(
-        command,
-        cwd=report.REPOSITORY,
-        # A locale with decimal commas would change the numbers.
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with noted(signal.SIGTERM) as came:
+        process = subprocess.Popen(
+            command,
+            cwd=report.REPOSITORY,
+            # A locale with decimal commas would change the numbers.
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     late = False
     try:
+        if came:
+            raise SystemExit(128 + came[0])
         try:
             out, error = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
+from benchmarks.common.programs import noted
 
 GRACE = 5.0  # from asking a step to end until ending it
 SHOWN = 25  # lines of a step that failed
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MET, FAILED, LATE, SKIPPED = "ok", "failed", "timed out", "skipped"
 
 
@@ -96,22 +98,29 @@ class Run:
         self.outcomes: dict[str, Outcome] = {}
 
     def run(self) -> int:
-        """0 when no step failed."""
+        """0 when no step failed.
+
+        Raises:
+            SystemExit: a signal of ENDING came; no step runs any more.
+        """
         # A result of an earlier run must not pass for one of this.
         for name in ("gpu-check.log", "summary.json", *(w for s in self.steps for w in s.writes)):
             (self.out / name).unlink(missing_ok=True)
-        try:
-            while len(self.outcomes) < len(self.steps):
-                self._start_what_may()
-                self._collect()
-                time.sleep(0.05)
-        finally:  # nothing runs any more, unless this is ended itself
-            for step in [step for step in self.steps if step.name in self.running]:
-                each = self.running.pop(step.name)
-                _end(each.process)
-                seconds = round(time.monotonic() - each.began, 1)
-                self._finish(step, FAILED, None, seconds, "interrupted")
-            self._write_summary()
+        with noted(*ENDING) as came:
+            try:
+                while len(self.outcomes) < len(self.steps) and not came:
+                    self._start_what_may()
+                    self._collect()
+                    time.sleep(0.05)
+            finally:  # nothing runs any more, unless this is killed
+                for step in [step for step in self.steps if step.name in self.running]:
+                    each = self.running.pop(step.name)
+                    _end(each.process)
+                    seconds = round(time.monotonic() - each.began, 1)
+                    self._finish(step, FAILED, None, seconds, "interrupted")
+                self._write_summary()
+        if came:
+            raise SystemExit(128 + came[0])
         return 1 if any(each.failed for each in self.outcomes.values()) else 0
 
     def _start_what_may(self) -> None:

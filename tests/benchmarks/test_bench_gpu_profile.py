@@ -357,3 +357,16 @@ def test_signals_exit_unless_they_are_ignored_and_keep_their_handlers(handler):
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_signals_that_are_noted_interrupt_nothing_and_keep_their_handlers(handler):
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with programs.noted(signal.SIGHUP, signal.SIGTERM) as came:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert came == [*[signal.SIGHUP] * (handler == signal.SIG_DFL), signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 
+import pytest
 from processes import is_gone
 
-from benchmarks.gpu.runner import Run, Step
+from benchmarks.common.programs import exit_on
+from benchmarks.gpu.runner import ENDING, Run, Step
 
 
 def step(name, code, seconds=60.0, **options):
@@ -96,6 +100,30 @@ def test_nothing_starts_after_the_deadline_and_results_so_far_stay(tmp_path):
     assert steps["slow"]["status"] == steps["late"]["status"] == "timed out"
     assert steps["late"]["detail"] == "no time left"
     assert json.loads(result.read_text())["kept"] == 1
+
+
+def test_a_signal_while_a_step_starts_ends_that_step_too(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)  # of those who do not wait either
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    steps = [step(name, "import time; time.sleep(60)", alone=True) for name in ("first", "next")]
+    with exit_on(*ENDING), pytest.raises(SystemExit) as stop:
+        run(tmp_path, *steps)
+    assert stop.value.code == 128 + signal.SIGTERM
+    (first,) = started
+    assert first.poll() is not None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert not summary["complete"]
+    assert [(each["name"], each["detail"]) for each in summary["steps"]] == [
+        ("first", "interrupted")
+    ]
 
 
 def test_results_of_an_earlier_run_do_not_stay(tmp_path):
