@@ -198,15 +198,15 @@ class Plan:
             host = ("--host", "--rounds", "3")
             op = ("--cases", "injector-S-512", "--locations", "local", "--against")
             op += ("--rounds", "3", "--seconds", "0.1")
-            attn = ("--attention", "deformable", "--size", "64", "64")
+            attn = ("--cases", "deformable", "--size", "64", "64")
             attn += ("--rounds", "1", "--warmup", "0")
-            model = ("--sizes", "tiny", "--pixels", "64", "--rounds", "1", "--warmup", "0")
+            model = ("--cases", "tiny", "--pixels", "64", "--rounds", "1", "--warmup", "0")
             model += ("--no-memory",)
         else:
             host = ("--host",)
             op = ("--rounds", "20", "--seconds", "0.2", "--at-most", "60")
             attn = ("--rounds", "10", "--warmup", "3")
-            model = ("--sizes", "base", "large", "--rounds", "10", "--warmup", "3")
+            model = ("--cases", "base", "large", "--rounds", "10", "--warmup", "3")
 
         def step(
             name: str,

@@ -142,7 +142,7 @@ def test_commands_of_the_plan_are_understood(tmp_path, monkeypatch):
     assert settings.cases[0].locations == "local"
     assert len(settings.cases) == 2 * len(cases.GPU_BENCH)
     assert attention.parse(commands["attn"][3:]).device == "cuda"
-    assert adapter_vs_vit.parse(commands["model"][3:])[0].sizes == ["base", "large"]
+    assert adapter_vs_vit.parse(commands["model"][3:])[0].cases == ["base", "large"]
     assert cli.parse(commands["host"][3:]).host
     assert commands["memcheck"][-1] == "small"
     assert "--report-api-errors" in commands["memcheck"]
