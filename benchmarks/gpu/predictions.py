@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
-from benchmarks.gpu.cards import CARDS, Card
+from benchmarks.common.cards import CARDS, Card
 from vitadapter_ops.testing import cases
 
 FILE = Path(__file__).with_suffix(".json")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
+from benchmarks.common.cards import CARDS, Card, card_of
 from benchmarks.gpu import predictions
-from benchmarks.gpu.cards import CARDS, Card, card_of
 from benchmarks.gpu.times_shown import FIELDS
 from benchmarks.op import targets
 from benchmarks.op.implementations import DETERMINISTIC, OURS, TRITON, is_rival

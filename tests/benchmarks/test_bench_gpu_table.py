@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.cards import CARDS
 from benchmarks.gpu import predictions, table
-from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.predictions import BASIS, DECISIVE, ISSUED, PARTS, REACHED, SIZES, Work
 from benchmarks.op import targets
 from vitadapter_ops.testing import cases
