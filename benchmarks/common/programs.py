@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,17 +22,34 @@ def exit_on(*numbers: signal.Signals) -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    with _handled_by(leave, numbers):
+        yield
+
+
+@contextmanager
+def noted(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Lists which of these signals came, and lets nothing be interrupted by them meanwhile.
+
+    An exception amid the start of a process would leave one that nobody knows and ends.
+    """
+    came: list[int] = []
+    with _handled_by(lambda number, frame: came.append(number), numbers):
+        yield came
+
+
+@contextmanager
+def _handled_by(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]
+) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in numbers}
-    before = {
-        n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)
-    }
+    before = {n: each for n, each in handlers.items() if each not in (None, signal.SIG_IGN)}
     for number in before:
-        signal.signal(number, leave)
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, each in before.items():
+            signal.signal(number, each)
 
 
 def cuda_tool(name: str) -> str | None:
@@ -40,3 +58,8 @@ def cuda_tool(name: str) -> str | None:
 
     beside = None if CUDA_HOME is None else shutil.which(name, path=str(Path(CUDA_HOME) / "bin"))
     return shutil.which(name) or beside
+
+
+def module(name: str) -> tuple[str, ...]:
+    """The command that runs a module of `benchmarks`, from the folder of the checkout."""
+    return (sys.executable, "-m", f"benchmarks.{name}")

@@ -27,9 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import report as _report
+from benchmarks.common import report
 from benchmarks.common.console import LOOK, columns, wide_console
-from benchmarks.common.options import positive_float
+from benchmarks.common.options import add_seconds
 from benchmarks.common.programs import cuda_tool
 from benchmarks.op.bandwidth import NotMeasured
 
@@ -171,7 +171,7 @@ def record(ceilings: Sequence[Ceiling], device: torch.device) -> dict[str, Any]:
     return {
         "schema": 1,
         "benchmark": "gpu-ceilings",
-        **_report.origin(device),
+        **report.origin(device),
         "ceilings": [asdict(each) for each in ceilings],
     }
 
@@ -197,7 +197,7 @@ def _run(command: Sequence[str], seconds: float) -> str:
     except subprocess.TimeoutExpired as error:
         raise NotMeasured(f"{name} was ended after {seconds:.0f} s") from error
     except OSError as error:
-        raise NotMeasured(_report.without_paths(f"{name} does not start: {error}")) from error
+        raise NotMeasured(report.without_paths(f"{name} does not start: {error}")) from error
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         # A compiler's first error says more than its last line.
@@ -208,7 +208,7 @@ def _run(command: Sequence[str], seconds: float) -> str:
             if done.returncode < 0
             else f"failed with exit status {done.returncode}"
         )
-        raise NotMeasured(_report.without_paths(f"{name} {how}{why}"))
+        raise NotMeasured(report.without_paths(f"{name} {how}{why}"))
     return done.stdout
 
 
@@ -221,15 +221,12 @@ def _capability(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="_ceilings.py",
-        description="What this GPU can do of what the operator needs.",
+        prog="python -m benchmarks.gpu.ceilings", description=__doc__.splitlines()[0]
     )
     parser.add_argument("folder", type=Path, help="where the program is kept")
     parser.add_argument("--build-for", type=_capability, metavar="X.Y", help="only build, for X.Y")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument(
-        "--seconds", type=positive_float, default=SECONDS, help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results to it")
+    add_seconds(parser, SECONDS, "after which the program is ended")
     args = parser.parse_args(argv)
     try:
         program = build(args.folder, args.build_for)
@@ -241,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ceilings: {error}", file=sys.stderr)
         return 1
     show(wide_console(), ceilings)
-    if args.json is not None:
-        _report.write_json(args.json, record(ceilings, torch.device("cuda")))
+    if args.out is not None:
+        report.write_json(args.out, record(ceilings, torch.device("cuda")))
     return 0
 
 

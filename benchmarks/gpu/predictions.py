@@ -7,7 +7,7 @@ A kernel takes as long as what it is bound by: issue slots, bytes from L1, L2 or
 in L2, or the chain of dependent instructions and loads of each warp. Instructions are counted in
 the machine code of sm_90, pixels by locality.py around their queries; rates are a data sheet's or
 guesses, and say so in BASIS. Every kernel costs the gap to the one before it in a CUDA graph on
-top, and caches are warm. gpu_table.py puts what was measured beside it.
+top, and caches are warm. table.py puts what was measured beside it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import report as _report
-from benchmarks.gpu.cards import CARDS, Card
+from benchmarks.common import report
+from benchmarks.common.cards import CARDS, Card
 from vitadapter_ops.testing import cases
 
-FILE = Path(__file__).resolve().parent / "predictions.json"
+FILE = Path(__file__).with_suffix(".json")
 
 SIZES = {"fp32": 4, "bf16": 2}
 SUM = 4  # bytes of an element of grad_value while it is summed
-PARTS = ("forward", "backward", "points", "value", "zeros", "cast", "deterministic")
+# Of our backward: gathers and dot products without gradient of value; that gradient alone; what
+# comes before and after it.
+BACKWARD_PARTS = ("points", "value", "zeros", "cast")
+PARTS = ("forward", "backward", *BACKWARD_PARTS, "deterministic")
 
 # --- a multiprocessor -----------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ def predict(work: Work, card: Card, part: str) -> tuple[float, str] | None:
 
 
 def record() -> dict[str, Any]:
-    """All that gpu_predictions.json holds."""
+    """All that predictions.json holds."""
     rows = []
     by_name = {case.name: case for case in cases.GPU_BENCH}
     for card in CARDS:
@@ -281,4 +284,4 @@ def record() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _report.write_json(FILE, record())
+    report.write_json(FILE, record())

@@ -2,12 +2,12 @@
 """Hardware counters of four calls, read by ncu: what bounds their kernels.
 
     python -m benchmarks.gpu.profile --out profile.json
-    python -m benchmarks.gpu.profile --out profile.json --rehearse    # all but ncu, on a CPU
+    python -m benchmarks.gpu.profile --out profile.json --rehearse    # two, and without ncu
 
-A stage of gpu_check.py. ncu runs `_gpu_times.py profiled`, which warms up and makes one call
-between cudaProfilerStart and cudaProfilerStop; a backward launches several kernels. Clocks and
-caches are left alone, as they are for times with warm caches. The file is written after each call.
-Where ncu may not read counters, the file and one line say so, and nothing has failed.
+A stage of the check. ncu runs profiled.py, which warms up and makes one call between
+cudaProfilerStart and cudaProfilerStop; a backward launches several kernels. Clocks and caches are
+left alone, as they are for times with warm caches. The file is written after each call. Where ncu
+may not read counters, the file and one line say so, and nothing has failed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import report as _report
+from benchmarks.common import report
 from benchmarks.common.console import LOOK, columns, wide_console
-from benchmarks.common.options import positive_float
-from benchmarks.common.programs import cuda_tool, exit_on
+from benchmarks.common.options import add_seconds
+from benchmarks.common.programs import cuda_tool, exit_on, module, noted
 
-PROGRAM = ("-m", "benchmarks.gpu.times")
-SAMPLE = _report.REPOSITORY / "tests" / "benchmarks" / "ncu.csv"
+PROGRAM = module("gpu.profiled")
+SAMPLE = report.REPOSITORY / "tests" / "benchmarks" / "ncu.csv"
 # Where its packages install it.
 PACKAGES = Path("/opt/nvidia/nsight-compute")
 
@@ -135,20 +135,23 @@ class Ended:
 
 def run(command: Sequence[str], seconds: float) -> Ended:
     """Runs a program, and ends it with all that it started when time is up."""
-    process = subprocess.Popen(
-        command,
-        cwd=_report.REPOSITORY,
-        # A locale with decimal commas would change the numbers.
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with noted(signal.SIGTERM) as came:
+        process = subprocess.Popen(
+            command,
+            cwd=report.REPOSITORY,
+            # A locale with decimal commas would change the numbers.
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     late = False
     try:
+        if came:
+            raise SystemExit(128 + came[0])
         try:
             out, error = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -269,8 +272,7 @@ def profile(
     """One call under ncu; a metric that this ncu does not know costs a second run, and is None."""
     began = time.monotonic()
     call: dict[str, Any] = {"case": case, "dtype": dtype, "pass": which}
-    program = [sys.executable, *PROGRAM, "profiled", case, dtype, which]
-    program += ["--rehearse"] if rehearse else []
+    program = [*PROGRAM, case, dtype, which, *["--rehearse"] * rehearse]
     ended = run(command_of(ncu, program), seconds)
     text = ended.stdout + ended.stderr
     unknown = unknown_metrics(text)
@@ -293,7 +295,7 @@ def profile(
             status = MET
         except NoCounters as error:
             detail = str(error)
-    call |= {"status": status, "detail": _report.without_paths(detail[:300])}
+    call |= {"status": status, "detail": report.without_paths(detail[:300])}
     call |= {"seconds": round(time.monotonic() - began, 1), "unknown_metrics": unknown}
     return {**call, "launches": launches}
 
@@ -302,11 +304,12 @@ def profile_all(
     args: argparse.Namespace, ncu: str | None, record: dict[str, Any], console: Console
 ) -> int:
     """All calls, or none after ncu was refused the counters; 1 where one failed or was late."""
+    wanted = PROFILED[:2] if args.rehearse else PROFILED
     deadline = time.monotonic() + args.seconds
     calls: list[dict[str, Any]] = []
-    for each in PROFILED:
+    for each in wanted:
         # One that hangs leaves time to the others.
-        seconds = min(deadline - time.monotonic(), 2 * args.seconds / len(PROFILED))
+        seconds = min(deadline - time.monotonic(), 2 * args.seconds / len(wanted))
         if seconds <= 0:
             calls.append(
                 {
@@ -318,9 +321,9 @@ def profile_all(
         else:
             calls.append(profile(ncu, *each, seconds, args.rehearse))
         refused = calls[-1]["status"] == REFUSAL
-        complete = refused or len(calls) == len(PROFILED)
+        complete = refused or len(calls) == len(wanted)
         reason = calls[-1]["detail"] if refused else None
-        _report.write_json(
+        report.write_json(
             args.out, {**record, "no_counters": reason, "calls": calls, "complete": complete}
         )
         if refused:
@@ -337,15 +340,13 @@ def profile_all(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="_gpu_profile.py", description="Read hardware counters of four calls with ncu."
+        prog="python -m benchmarks.gpu.profile", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the results")
     parser.add_argument(
         "--rehearse", action="store_true", help="without ncu and GPU, with counters from a file"
     )
-    parser.add_argument(
-        "--seconds", type=positive_float, default=60.0, help="for all (default: %(default)s)"
-    )
+    add_seconds(parser, 60.0, "for all calls")
     args = parser.parse_args(argv)
     ncu = None
     if not args.rehearse:
@@ -353,9 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpu = None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
         reason = gpu or why_not()
         if reason is not None:
-            print(f"_gpu_profile.py: {reason}", file=sys.stderr)
+            print(f"profile: {reason}", file=sys.stderr)
             return 2
-    origin = _report.origin(torch.device("cpu" if args.rehearse else "cuda"))
+    origin = report.origin(torch.device("cpu" if args.rehearse else "cuda"))
     origin["versions"]["ncu"] = version_of(ncu)
     record = {
         "schema": 1,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two steps of gpu_check.py: `build DEVICE`, and `small`, all kernels on small tensors."""
+"""Two steps of the check: `build DEVICE`, and `small`, all kernels on small tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from vitadapter_ops import _extension, explain_backend
+from vitadapter_ops.testing import cases, gate
 
 # Odd and padded widths, several levels, points outside: what reads and writes at the edges.
 LOCATED = ("three-levels", "odd-channels", "channels-12", "channels-64", "far-outside")
@@ -37,8 +38,6 @@ def small(device: str) -> int:
 
     The references run on the CPU, so that a GPU runs little but the kernels.
     """
-    from vitadapter_ops.testing import cases, gate
-
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         for dtype in DTYPES:
@@ -53,7 +52,7 @@ def small(device: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="_gpu_steps.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.steps", description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("build").add_argument("device", choices=("cpu", "cuda"))
     steps.add_parser("small").add_argument("--rehearse", action="store_true", help="on the CPU")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables of docs/gpu.md: predicted times, what was measured, and targets.
 
-    python -m benchmarks.gpu.table            # after a run, or after _predictions.py
+    python -m benchmarks.gpu.table            # after a run, or after new predictions
     python -m benchmarks.gpu.table --check    # exit status 1 if docs/gpu.md is not up to date
 
-Predictions come from gpu_predictions.json, measurements from every results/times-<card>.json,
-targets from _targets.py. What stands between the markers is replaced, and edited by nobody.
+Predictions come from predictions.json, measurements from every results/times-<card>.json, targets
+from op/targets.py. What stands between the markers is replaced, and edited by nobody.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import report as _report
-from benchmarks.gpu import predictions as _predictions
-from benchmarks.gpu.cards import CARDS, Card, card_of
-from benchmarks.op import targets as _targets
+from benchmarks.common import report
+from benchmarks.common.cards import CARDS, Card, card_of
+from benchmarks.gpu import predictions
+from benchmarks.gpu.times_shown import FIELDS
+from benchmarks.op import targets
 from benchmarks.op.implementations import DETERMINISTIC, OURS, TRITON, is_rival
 from benchmarks.op.traffic import BOTH, PASSES
 
-DOCUMENT = _report.REPOSITORY / "docs" / "gpu.md"
-RESULTS = _report.RESULTS
+DOCUMENT = report.REPOSITORY / "docs" / "gpu.md"
+RESULTS = report.RESULTS
 FILES = "times-*.json"
 BLOCKS = ("times", "targets")
 NOT_YET = "not yet"
 
-PARTS = tuple(part for part in _predictions.PARTS if part not in PASSES)
+PARTS = tuple(part for part in predictions.PARTS if part not in PASSES)
 # What a row may be of: "both" of the fused operator and its chain; "" where nothing was timed.
-VALID = (*_predictions.PARTS, BOTH, "")
-FIELDS = {"case", "dtype", "implementation", "pass", "us", "p20_us", "p80_us", "mib", "note"}
+VALID = (*predictions.PARTS, BOTH, "")
 
 Key = tuple[str, str, str]  # case, dtype, pass or part
 Row = Mapping[str, Any]
@@ -113,7 +113,7 @@ def _run_of(name: str, record: Mapping[str, Any]) -> Run:
         times = [row[name] for name in ("us", "p20_us", "p80_us")]
         if times[0] is not None and not (times[0] > 0 and 0 <= min(times) <= max(times) < inf):
             raise ValueError(f"expected times above 0, got {times}")
-    return Run(name, record, _targets.rows_of(record), card_of(gpu["name"]))
+    return Run(name, record, targets.rows_of(record), card_of(gpu["name"]))
 
 
 def read_all(folder: Path) -> list[Run]:
@@ -228,7 +228,7 @@ def caption(run: Run) -> str:
     return f"`{run.name}`{whole}: {', '.join(parts)}."
 
 
-def times_block(runs: Sequence[Run], predictions: Mapping[str, Any]) -> list[str]:
+def times_block(runs: Sequence[Run], record: Mapping[str, Any]) -> list[str]:
     lines = [
         "Microseconds on the device with warm caches; measured: median (p20-p80). A ratio is "
         "measured to predicted, or the other's time to ours in the same run. By: what the "
@@ -237,7 +237,7 @@ def times_block(runs: Sequence[Run], predictions: Mapping[str, Any]) -> list[str
     for card in CARDS:
         predicted = {
             (row["case"], row["dtype"], row["part"]): row
-            for row in predictions["rows"]
+            for row in record["rows"]
             if row["card"] == card.kind
         }
         own: list[Run | None] = [run for run in runs if run.card == card]
@@ -246,7 +246,7 @@ def times_block(runs: Sequence[Run], predictions: Mapping[str, Any]) -> list[str
     for run in runs:
         if run.card is None:
             lines += ["", *times_of(None, run, {})]
-    basis = (f"* {name}: {text}" for name, text in predictions["basis"].items())
+    basis = (f"* {name}: {text}" for name, text in record["basis"].items())
     return [*lines, "", "Predictions rest on:", "", *basis]
 
 
@@ -259,13 +259,13 @@ def targets_block(runs: Sequence[Run]) -> list[str]:
     for run in sorted(runs, key=lambda each: each.record["date"]):
         if run.card is not None:
             newest[run.card.kind] = run
-    several = dict.fromkeys(target for each in _targets.GPU_TARGETS.values() for target in each)
+    several = dict.fromkeys(target for each in targets.GPU_TARGETS.values() for target in each)
     rows = []
     for target in several:
-        cells = [_targets.TITLES.get(target.cases, target.cases), target.which, target.dtypes]
+        cells = [targets.TITLES.get(target.cases, target.cases), target.which, target.dtypes]
         cells = ["all" if cell == "*" else cell for cell in cells]
         for card in CARDS:
-            if target not in _targets.GPU_TARGETS[card.kind]:
+            if target not in targets.GPU_TARGETS[card.kind]:
                 cells.append("-")
             else:
                 cells.append(verdict(target, newest.get(card.kind)))
@@ -279,8 +279,8 @@ def targets_block(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def verdict(target: _targets.Target, run: Run | None) -> str:
-    worst = None if run is None else target.worst(_targets.of_times(run.record))
+def verdict(target: targets.Target, run: Run | None) -> str:
+    worst = None if run is None else target.worst(targets.of_times(run.record))
     if worst is None:
         return NOT_YET
     value, each = worst
@@ -316,7 +316,7 @@ def render(text: str, blocks: Mapping[str, Sequence[str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="gpu_table.py", description="Write the tables of docs/gpu.md from files."
+        prog="python -m benchmarks.gpu.table", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: docs/gpu.md")
@@ -324,14 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)"
     )
     args = parser.parse_args(argv)
-    predictions = json.loads(_predictions.FILE.read_text())
+    record = json.loads(predictions.FILE.read_text())
     try:
         runs = read_all(args.results)
         old = args.document.read_text()
-        blocks = {"times": times_block(runs, predictions), "targets": targets_block(runs)}
+        blocks = {"times": times_block(runs, record), "targets": targets_block(runs)}
         new = render(old, blocks)
     except (OSError, ValueError) as error:
-        print(f"gpu_table.py: {error}", file=sys.stderr)
+        print(f"table: {error}", file=sys.stderr)
         return 2
     if new == old:
         return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests that need a GPU, with results kept as they come: the tests stage of gpu_check.py.
+"""The tests that need a GPU, with results kept as they come: the tests stage of the check.
 
     python -m benchmarks.gpu.tests --out tests.json [--rehearse] [arguments of pytest]
 
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import report as _report
+from benchmarks.common.report import REPOSITORY, origin, without_paths, write_json
 
 MOST_FAILURES = 30
 WRITE_EVERY = 2.0  # seconds
@@ -43,7 +43,7 @@ class Keeper:
         self.counts[outcome] += 1
         failed = report.failed
         if failed:
-            said = _report.without_paths(report.longreprtext)[-1500:]
+            said = without_paths(report.longreprtext)[-1500:]
             self.failures.append({"test": report.nodeid, "said": said})
         if failed or time.monotonic() - self.written > WRITE_EVERY:
             self.write(complete=False)
@@ -54,7 +54,7 @@ class Keeper:
         self.written = time.monotonic()
         results = {"complete": complete, "seconds": round(self.written - self.begin, 1)}
         results |= {"counts": self.counts, "failures": self.failures}
-        _report.write_json(self.path, {**self.record, **results})
+        write_json(self.path, {**self.record, **results})
 
 
 def workers() -> int:
@@ -63,14 +63,16 @@ def workers() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="_gpu_tests.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="file for the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.tests", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the results")
     parser.add_argument("--rehearse", action="store_true", help="some tests that need no GPU")
     args, others = parser.parse_known_args(argv)
     record = {
         "schema": 1,
         "benchmark": "gpu-tests",
-        **_report.origin(torch.device("cpu" if args.rehearse else "cuda"), "vitadapter_ops"),
+        **origin(torch.device("cpu" if args.rehearse else "cuda"), "vitadapter_ops"),
     }
     keeper = Keeper(args.out, record)
     given = ["-q", "--tb=short", f"--maxfail={MOST_FAILURES}", "-p", "no:cacheprovider"]
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given += ["-m", "gpu", "tests"]
         if importlib.util.find_spec("xdist") is not None:
             given += ["-n", str(workers())]
-    os.chdir(_report.REPOSITORY)
+    os.chdir(REPOSITORY)
     code = int(pytest.main([*given, *others], plugins=[keeper]))
     keeper.write(complete=True)
     counts = ", ".join(f"{number} {what}" for what, number in keeper.counts.items() if number)

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.common.cards import CARDS, card_of
 from benchmarks.common.console import LOOK, columns
 from benchmarks.common.graphs import COLD, WARM
 from benchmarks.common.timing import ratio
-from benchmarks.gpu.cards import CARDS, card_of
 from benchmarks.op.implementations import DETERMINISTIC, OURS, TRITON, is_rival
 from benchmarks.op.traffic import BOTH, PASSES
 

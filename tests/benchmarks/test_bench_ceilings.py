@@ -16,12 +16,12 @@ import torch
 from optional import require_cuda
 from rich.console import Console
 
-from benchmarks.gpu import ceilings as _ceilings
+from benchmarks.gpu import ceilings
 from benchmarks.gpu.ceilings import Ceiling
 from benchmarks.op.bandwidth import NotMeasured
 
 try:
-    NVCC = _ceilings._nvcc()
+    NVCC = ceilings._nvcc()
 except NotMeasured:
     NVCC = None
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -72,7 +72,7 @@ def compiled(request, tmp_path_factory):
         pytest.skip("needs nvcc")
     output = tmp_path_factory.mktemp("ceilings") / "ceilings.cubin"
     command = [NVCC, "-cubin", "-O3", "-std=c++17", f"-arch={request.param}", "-Xptxas", "-v"]
-    command += ["-Werror", "all-warnings", str(_ceilings.SOURCE), "-o", str(output)]
+    command += ["-Werror", "all-warnings", str(ceilings.SOURCE), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     nvidia = pytest.importorskip("triton.backends.nvidia", reason="needs triton's disassembler")
@@ -131,45 +131,45 @@ def test_gathers_keep_eight_loads_in_flight(compiled, kernel):
 @needs_nvcc
 def test_the_program_is_built_once(tmp_path, monkeypatch):
     folder = tmp_path / "new"
-    built = _ceilings.build(folder, (9, 0))
+    built = ceilings.build(folder, (9, 0))
     assert re.fullmatch(r"ceilings-sm_90-[0-9a-f]{8}", built.name)
     assert os.listdir(folder) == [built.name]
     assert os.access(built, os.X_OK)
     # As copied from elsewhere, where there is no compiler.
-    monkeypatch.setattr(_ceilings, "_nvcc", lambda: pytest.fail("compiled again"))
+    monkeypatch.setattr(ceilings, "_nvcc", lambda: pytest.fail("compiled again"))
     built.chmod(0o644)
-    assert _ceilings.build(folder, (9, 0)) == built
+    assert ceilings.build(folder, (9, 0)) == built
     assert os.access(built, os.X_OK)
     if not torch.cuda.is_available():
         with pytest.raises(NotMeasured, match=r"exit status 1: ceilings: cudaSetDevice\(0\)"):
-            _ceilings.measure(built)
+            ceilings.measure(built)
 
 
 def test_a_program_for_another_gpu_or_of_another_source_is_not_used(tmp_path, monkeypatch):
     def no_nvcc():
         raise NotMeasured("no nvcc")
 
-    monkeypatch.setattr(_ceilings, "_nvcc", no_nvcc)
+    monkeypatch.setattr(ceilings, "_nvcc", no_nvcc)
     source = tmp_path / "ceilings.cu"
-    source.write_bytes(_ceilings.SOURCE.read_bytes())
-    monkeypatch.setattr(_ceilings, "SOURCE", source)
-    present = _ceilings.program_in(tmp_path, (9, 0))
+    source.write_bytes(ceilings.SOURCE.read_bytes())
+    monkeypatch.setattr(ceilings, "SOURCE", source)
+    present = ceilings.program_in(tmp_path, (9, 0))
     present.touch()
-    assert _ceilings.build(tmp_path, (9, 0)) == present
+    assert ceilings.build(tmp_path, (9, 0)) == present
     with pytest.raises(NotMeasured, match="no nvcc"):
-        _ceilings.build(tmp_path, (8, 0))
+        ceilings.build(tmp_path, (8, 0))
     source.write_text("changed")
     with pytest.raises(NotMeasured, match="no nvcc"):
-        _ceilings.build(tmp_path, (9, 0))
+        ceilings.build(tmp_path, (9, 0))
 
 
 @needs_nvcc
 def test_a_failed_compilation_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     source = tmp_path / "broken.cu"
     source.write_text("int main() { return missing; }\n")
-    monkeypatch.setattr(_ceilings, "SOURCE", source)
+    monkeypatch.setattr(ceilings, "SOURCE", source)
     with pytest.raises(NotMeasured, match=r'nvcc failed with exit status \d+: .*"missing"'):
-        _ceilings.build(tmp_path / "out", (9, 0))
+        ceilings.build(tmp_path / "out", (9, 0))
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -177,14 +177,14 @@ def test_without_nvcc_the_error_names_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     with pytest.raises(NotMeasured, match="needs nvcc, which is neither on PATH nor in CUDA_HOME"):
-        _ceilings.build(tmp_path, (9, 0))
+        ceilings.build(tmp_path, (9, 0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_built(tmp_path, capsys):
     with pytest.raises(NotMeasured, match="sees no GPU to measure"):
-        _ceilings.build(tmp_path)
-    assert _ceilings.main([str(tmp_path)]) == 1
+        ceilings.build(tmp_path)
+    assert ceilings.main([str(tmp_path)]) == 1
     assert "ceilings: torch" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
@@ -192,7 +192,7 @@ def test_without_a_gpu_nothing_is_built(tmp_path, capsys):
 @POSIX
 def test_what_the_program_prints_is_measured(tmp_path):
     (tmp_path / "document.json").write_text(json.dumps(document()))
-    got = _ceilings.measure(program(tmp_path, f"cat {tmp_path}/document.json"))
+    got = ceilings.measure(program(tmp_path, f"cat {tmp_path}/document.json"))
     assert len(got) == len(document()["ceilings"])
     assert got[0] == Ceiling("copy", "GB/s", 3978, 3978 * 0.9, {"mib": 22})
 
@@ -213,12 +213,12 @@ def test_what_the_program_prints_is_measured(tmp_path):
 )
 def test_a_program_that_fails_says_why(tmp_path, script, why):
     with pytest.raises(NotMeasured, match=why):
-        _ceilings.measure(program(tmp_path, script), 1)
+        ceilings.measure(program(tmp_path, script), 1)
 
 
 def test_a_program_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(NotMeasured, match="missing does not start"):
-        _ceilings.measure(tmp_path / "missing")
+        ceilings.measure(tmp_path / "missing")
 
 
 def with_result(**changes):
@@ -246,17 +246,17 @@ def with_result(**changes):
 )
 def test_other_documents_are_refused(text):
     with pytest.raises(NotMeasured, match="printed no ceilings"):
-        _ceilings.parse(text)
+        ceilings.parse(text)
 
 
-def shown(ceilings):
+def shown(rates):
     console = Console(file=io.StringIO(), width=100)
-    _ceilings.show(console, ceilings)
+    ceilings.show(console, rates)
     return console.file.getvalue()
 
 
 def test_the_table_has_a_column_for_each_footprint():
-    text = shown(_ceilings.parse(json.dumps(document())))
+    text = shown(ceilings.parse(json.dumps(document())))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert any(line.startswith("4 MiB 22 MiB 45 MiB 91 MiB 1024 MiB") for line in lines)
     for line in (
@@ -272,14 +272,14 @@ def test_the_table_has_a_column_for_each_footprint():
 
 
 def test_a_card_without_vector_reductions_has_no_rows_for_them():
-    ceilings = _ceilings.parse(json.dumps(document()))
-    older = [each for each in ceilings if not each.name.startswith("red.v4")]
+    rates = ceilings.parse(json.dumps(document()))
+    older = [each for each in rates if not each.name.startswith("red.v4")]
     assert "red.v4" not in shown(older)
     assert "red.u64" in shown(older)
 
 
 def test_the_record_says_where_it_was_measured():
-    record = _ceilings.record(_ceilings.parse(json.dumps(document())), torch.device("cpu"))
+    record = ceilings.record(ceilings.parse(json.dumps(document())), torch.device("cpu"))
     assert set(record) == {
         *("schema", "benchmark", "date", "machine", "versions", "git", "ceilings")
     }
@@ -288,7 +288,7 @@ def test_the_record_says_where_it_was_measured():
 
 @needs_nvcc
 def test_the_command_builds_for_another_machine(tmp_path, capsys):
-    assert _ceilings.main([str(tmp_path), "--build-for", "8.0"]) == 0
+    assert ceilings.main([str(tmp_path), "--build-for", "8.0"]) == 0
     (path,) = tmp_path.iterdir()
     assert capsys.readouterr().out.strip() == str(path)
 
@@ -296,16 +296,16 @@ def test_the_command_builds_for_another_machine(tmp_path, capsys):
 @pytest.mark.parametrize("text", ["9", "sm_90", "9.0a", ""])
 def test_the_command_refuses_what_is_no_capability(tmp_path, text, capsys):
     with pytest.raises(SystemExit):
-        _ceilings.main([str(tmp_path), "--build-for", text])
+        ceilings.main([str(tmp_path), "--build-for", text])
     assert "expected a compute capability like 9.0" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 def test_ceilings_of_this_gpu(tmp_path):
     require_cuda()
-    ceilings = _ceilings.measure(_ceilings.build(tmp_path))
-    names = {each.name for each in ceilings}
+    rates = ceilings.measure(ceilings.build(tmp_path))
+    names = {each.name for each in rates}
     assert {"copy", "memset", "gather", "red.f32", "red.u64", "fma fp32"} <= names
     assert ("red.v4.f32" in names) == (torch.cuda.get_device_capability() >= (9, 0))
-    assert all(each.median <= each.value for each in ceilings)
-    assert shown(ceilings)
+    assert all(each.median <= each.value for each in rates)
+    assert shown(rates)

@@ -12,15 +12,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import children
 import pytest
 import torch
+from processes import is_gone, wait_until
 from rich.console import Console
 
 from benchmarks.common import programs
-from benchmarks.gpu import profile as _gpu_profile
+from benchmarks.gpu import profile, profiled
 from benchmarks.gpu.profile import METRICS, NoCounters
 
 HEADER = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
@@ -32,10 +32,10 @@ DENIED = (
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """In place of _gpu_times.py: says how it was called."""
+    """In place of profiled.py: says how it was called."""
     path = tmp_path / "program.py"
     path.write_text("import sys\nprint('ran', *sys.argv[1:])\n")
-    monkeypatch.setattr(_gpu_profile, "PROGRAM", (str(path),))
+    monkeypatch.setattr(profile, "PROGRAM", (sys.executable, str(path)))
     return path
 
 
@@ -50,7 +50,7 @@ def fake_ncu(tmp_path):
             f"program = sys.argv[sys.argv.index({sys.executable!r}):]\n"
             f"metrics = sys.argv[sys.argv.index('--metrics') + 1]\n"
             "rc = subprocess.run(program).returncode\n"
-            f"sample = open({str(_gpu_profile.SAMPLE)!r}).read()\n{code}\n"
+            f"sample = open({str(profile.SAMPLE)!r}).read()\n{code}\n"
         )
         path.chmod(0o755)
         return str(path)
@@ -62,7 +62,7 @@ def profile_all(tmp_path, ncu, seconds=60.0, rehearse=False):
     """Exit status, what was written, and what was printed."""
     args = argparse.Namespace(out=tmp_path / "profile.json", seconds=seconds, rehearse=rehearse)
     stream = io.StringIO()
-    code = _gpu_profile.profile_all(args, ncu, {"benchmark": "x"}, Console(file=stream, width=120))
+    code = profile.profile_all(args, ncu, {"benchmark": "x"}, Console(file=stream, width=120))
     return code, json.loads(args.out.read_text()), stream.getvalue()
 
 
@@ -70,7 +70,7 @@ def profile_all(tmp_path, ncu, seconds=60.0, rehearse=False):
 
 
 def test_every_kernel_has_its_counters_in_the_units_of_their_names():
-    fill, backward = _gpu_profile.parse(_gpu_profile.SAMPLE.read_text())
+    fill, backward = profile.parse(profile.SAMPLE.read_text())
     assert "FillFunctor<float>, std::array<char *, 1>>" in fill["kernel"]  # with commas and all
     assert fill["duration_us"] == pytest.approx(14.048)  # from nanoseconds
     assert backward["duration_us"] == pytest.approx(1203.264)
@@ -97,7 +97,7 @@ def test_every_kernel_has_its_counters_in_the_units_of_their_names():
     ],
 )
 def test_numbers_have_separators_and_units_or_are_missing(text, unit, value):
-    assert _gpu_profile.number(text, unit) == (None if value is None else pytest.approx(value))
+    assert profile.number(text, unit) == (None if value is None else pytest.approx(value))
 
 
 def test_a_metric_that_is_missing_or_unknown_to_us_is_no_error():
@@ -106,11 +106,11 @@ def test_a_metric_that_is_missing_or_unknown_to_us_is_no_error():
         '"0","k(int)","dram__bytes.sum","byte","n/a"\n'
         '"0","k(int)","some__other.sum","","1"\n'
     )
-    (launch,) = _gpu_profile.parse(f"a line of the program\n{HEADER}{rows}==PROF== the end\n")
+    (launch,) = profile.parse(f"a line of the program\n{HEADER}{rows}==PROF== the end\n")
     found = {name for name, value in launch.items() if value is not None}
     assert found == {"kernel", "sm_pct"}
-    assert _gpu_profile.bound(launch) == "latency, SM 12%"
-    assert _gpu_profile.stall(launch) == "-"
+    assert profile.bound(launch) == "latency, SM 12%"
+    assert profile.stall(launch) == "-"
 
 
 @pytest.mark.parametrize(
@@ -124,23 +124,23 @@ def test_a_metric_that_is_missing_or_unknown_to_us_is_no_error():
 )
 def test_output_without_counters_says_why(text, message):
     with pytest.raises(NoCounters, match=message):
-        _gpu_profile.parse(text)
+        profile.parse(text)
 
 
 def test_metrics_that_ncu_does_not_find_are_named():
     text = r"==ERROR== Failed to find metric regex:^lts__throughput\.(avg|max)$"
-    assert _gpu_profile.unknown_metrics(text) == [METRICS["l2_pct"]]
-    assert _gpu_profile.unknown_metrics(text.replace("lts__throughput", "lts__through")) == []
+    assert profile.unknown_metrics(text) == [METRICS["l2_pct"]]
+    assert profile.unknown_metrics(text.replace("lts__throughput", "lts__through")) == []
 
 
 def shown(calls):
     stream = io.StringIO()
-    Console(file=stream, width=120).print(_gpu_profile.table(calls))
+    Console(file=stream, width=120).print(profile.table(calls))
     return stream.getvalue()
 
 
 def test_table_says_what_bounds_each_kernel():
-    launches = _gpu_profile.parse(_gpu_profile.SAMPLE.read_text())
+    launches = profile.parse(profile.SAMPLE.read_text())
     call = {"case": "encoder-800x1333", "dtype": "bf16", "pass": "backward", "status": "ok"}
     # All that is long at once has to fit.
     long = {**dict.fromkeys(METRICS, 55.5), "kernel": f"void {'k' * 60}<int>(int)"}
@@ -173,29 +173,29 @@ def test_ncu_is_found_on_path_in_cuda_home_or_where_its_packages_are(tmp_path, m
     home, packages = tmp_path / "cuda", tmp_path / "packages"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
-    monkeypatch.setattr(_gpu_profile, "PACKAGES", packages)
-    assert str(packages) in _gpu_profile.why_not()
+    monkeypatch.setattr(profile, "PACKAGES", packages)
+    assert str(packages) in profile.why_not()
     make(packages / "2024.3.2")
     newest = make(packages / "2025.10.0")
     make(packages / "2025.9.1")
-    assert _gpu_profile.find_ncu() == newest
+    assert profile.find_ncu() == newest
     beside = make(home / "bin")
-    assert _gpu_profile.find_ncu() == beside
+    assert profile.find_ncu() == beside
     first = make(tmp_path / "bin")
-    assert _gpu_profile.find_ncu() == first
-    assert _gpu_profile.why_not() is None
+    assert profile.find_ncu() == first
+    assert profile.why_not() is None
 
 
 def test_four_calls_are_profiled_between_start_and_stop(tmp_path, program, fake_ncu):
     ncu = fake_ncu("print(sample)")
-    command = _gpu_profile.command_of(ncu, ["python", "x"])
+    command = profile.command_of(ncu, ["python", "x"])
     assert command[1:3] == ["--profile-from-start", "off"]
     assert command[-2:] == ["python", "x"]
     code, written, printed = profile_all(tmp_path, ncu)
     assert code == 0
     assert (written["complete"], written["no_counters"]) == (True, None)
     names = [(each["case"], each["dtype"], each["pass"]) for each in written["calls"]]
-    assert names == list(_gpu_profile.PROFILED)
+    assert names == list(profile.PROFILED)
     assert all(len(each["launches"]) == 2 for each in written["calls"])
     assert printed.count("L2 96%") == 4
 
@@ -234,7 +234,7 @@ def test_a_metric_that_ncu_does_not_know_is_left_out(tmp_path, program, fake_ncu
 
 def test_a_program_that_fails_is_named_and_the_others_go_on(tmp_path, program, fake_ncu):
     program.write_text(
-        "import sys\nif sys.argv[3] == 'fp32': sys.exit('RuntimeError: illegal address')\n"
+        "import sys\nif sys.argv[2] == 'fp32': sys.exit('RuntimeError: illegal address')\n"
     )
     ncu = fake_ncu(
         "if rc: print('==ERROR== The application returned an error code (1).'); sys.exit(rc)\n"
@@ -249,20 +249,20 @@ def test_a_program_that_fails_is_named_and_the_others_go_on(tmp_path, program, f
     assert "encoder-800x1333, fp32, backward: failed: exit status 1" in printed
 
 
-def test_a_call_that_hangs_leaves_time_to_the_others(tmp_path, program):
+def test_a_call_that_hangs_leaves_time_to_the_others(tmp_path, program, fake_ncu):
     program.write_text(
-        "import sys, time\nif sys.argv[2:5] == ['encoder-800x1333', 'bf16', 'forward']:\n"
+        "import sys, time\nif sys.argv[1:4] == ['encoder-800x1333', 'bf16', 'forward']:\n"
         "    time.sleep(60)\n"
     )
     began = time.monotonic()
-    code, written, _ = profile_all(tmp_path, None, seconds=4.0, rehearse=True)
+    code, written, _ = profile_all(tmp_path, fake_ncu("print(sample)"), seconds=4.0)
     assert code == 1
     assert [each["status"] for each in written["calls"]] == ["timed out", "ok", "ok", "ok"]
     assert time.monotonic() - began < 20
 
 
 def test_no_call_starts_when_time_is_up(tmp_path, program):
-    code, written, _ = profile_all(tmp_path, None, seconds=1e-9, rehearse=True)
+    code, written, _ = profile_all(tmp_path, None, seconds=1e-9)
     assert code == 1
     assert written["complete"] is True
     assert {each["status"] for each in written["calls"]} == {"timed out"}
@@ -276,10 +276,10 @@ def test_rehearsal_runs_the_program_and_everything_but_ncu(tmp_path, program, mo
     program.write_text(f"import sys\nprint(*sys.argv[1:], file=open({str(log)!r}, 'a'))\n")
     out = tmp_path / "new" / "profile.json"
     handler = signal.getsignal(signal.SIGTERM)
-    assert _gpu_profile.main(["--out", str(out), "--rehearse"]) == 0
+    assert profile.main(["--out", str(out), "--rehearse"]) == 0
     assert signal.getsignal(signal.SIGTERM) == handler
     assert log.read_text().splitlines() == [
-        f"profiled {' '.join(each)} --rehearse" for each in _gpu_profile.PROFILED
+        f"{' '.join(each)} --rehearse" for each in profile.PROFILED[:2]
     ]
     written = json.loads(out.read_text())
     assert (written["benchmark"], written["rehearsal"]) == ("gpu-profile", True)
@@ -288,9 +288,30 @@ def test_rehearsal_runs_the_program_and_everything_but_ncu(tmp_path, program, mo
     assert "ms_deform_attn_backward_kernel" in capsys.readouterr().out
 
 
+def test_the_program_knows_every_call_and_makes_it_on_a_cpu(monkeypatch):
+    for each in profile.PROFILED:
+        assert profiled.main([*each, "--rehearse"]) == 0
+    calls = []
+    monkeypatch.setattr(profiled, "run", lambda case, *call: calls.append((case.name, *call)))
+    for each in profile.PROFILED:
+        assert profiled.main(list(each)) == 0
+    assert calls == [(*each, "cuda") for each in profile.PROFILED]
+
+
+@pytest.mark.parametrize(
+    "call", [["encoder", "bf16", "forward"], ["dinov3-S-896", "bf16", "forward", "--rehearse"]]
+)
+def test_a_call_of_a_shape_that_there_is_not_is_refused(capsys, call):
+    with pytest.raises(SystemExit):
+        profiled.main(call)
+    said = capsys.readouterr().err
+    assert "encoder-800x1333" in said
+    assert repr(call[0]) in said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
-    assert _gpu_profile.main(["--out", str(tmp_path / "profile.json")]) == 2
+    assert profile.main(["--out", str(tmp_path / "profile.json")]) == 2
     assert "sees no GPU" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -305,9 +326,9 @@ def test_what_runs_ends_with_the_stage(tmp_path):
         "time.sleep(60)\n"
     )
     code = (
-        "import sys\nfrom benchmarks.gpu import profile as _gpu_profile\n"
-        f"_gpu_profile.PROGRAM = ({str(program)!r},)\n"
-        f"sys.exit(_gpu_profile.main(['--out', {str(tmp_path / 'out.json')!r}, '--rehearse']))\n"
+        "import sys\nfrom benchmarks.gpu import profile\n"
+        f"profile.PROGRAM = (sys.executable, {str(program)!r})\n"
+        f"sys.exit(profile.main(['--out', {str(tmp_path / 'out.json')!r}, '--rehearse']))\n"
     )
     stage = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -316,27 +337,14 @@ def test_what_runs_ends_with_the_stage(tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 60
-        while not ready.exists():
-            assert stage.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(lambda: ready.exists() or stage.poll() is not None)
+        assert stage.poll() is None
         stage.send_signal(signal.SIGTERM)
         assert stage.wait(20) == 128 + signal.SIGTERM
     finally:
         stage.kill()
         stage.wait()
-    pid = int(ready.read_text())
-    for _ in range(100):  # an orphan is taken care of by the system, in its own time
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            break
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the profiled program still runs")
+    assert is_gone(int(ready.read_text()))
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
@@ -346,6 +354,19 @@ def test_signals_exit_unless_they_are_ignored_and_keep_their_handlers(handler):
     try:
         with ends, programs.exit_on(signal.SIGHUP, signal.SIGHUP):
             signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_signals_that_are_noted_interrupt_nothing_and_keep_their_handlers(handler):
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with programs.noted(signal.SIGHUP, signal.SIGTERM) as came:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert came == [*[signal.SIGHUP] * (handler == signal.SIG_DFL), signal.SIGTERM]
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu/table.py and _predictions.py: what docs/gpu.md says of times and targets."""
+"""benchmarks/gpu/table.py and predictions.py: what docs/gpu.md says of times and targets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import predictions as _predictions
-from benchmarks.gpu import table as gpu_table
-from benchmarks.gpu.cards import CARDS
+from benchmarks.common.cards import CARDS
+from benchmarks.gpu import predictions, table
 from benchmarks.gpu.predictions import BASIS, DECISIVE, ISSUED, PARTS, REACHED, SIZES, Work
-from benchmarks.op import targets as _targets
+from benchmarks.op import targets
 from vitadapter_ops.testing import cases
 
 BY_NAME = {case.name: case for case in cases.GPU_BENCH}
@@ -46,15 +45,15 @@ def page(tmp_path):
     """Writes a document from results by file name; returns its text."""
     document, results = tmp_path / "gpu.md", tmp_path / "results"
     results.mkdir()
-    lines = [marker for block in gpu_table.BLOCKS for marker in gpu_table.markers(block)]
+    lines = [marker for block in table.BLOCKS for marker in table.markers(block)]
     arguments = ["--document", str(document), "--results", str(results)]
 
     def make(**records):
         for name, record in records.items():
             (results / f"times-{name}.json").write_text(json.dumps(record))
         document.write_text("\n".join(("before", *lines, "after", "")))
-        assert gpu_table.main(arguments) == 0
-        assert gpu_table.main([*arguments, "--check"]) == 0
+        assert table.main(arguments) == 0
+        assert table.main([*arguments, "--check"]) == 0
         text = document.read_text()
         assert (text.splitlines()[0], text.splitlines()[-1]) == ("before", "after")
         return text
@@ -78,7 +77,7 @@ def part_of(text, title):
 
 
 def test_the_page_in_the_repository_is_up_to_date():
-    assert gpu_table.main(["--check"]) == 0
+    assert table.main(["--check"]) == 0
 
 
 def test_what_was_not_measured_says_so(page):
@@ -96,7 +95,7 @@ def test_what_was_not_measured_says_so(page):
 def test_measured_times_stand_beside_predictions_and_the_best_rival(page):
     (prediction,) = [
         each
-        for each in json.loads(_predictions.FILE.read_text())["rows"]
+        for each in json.loads(predictions.FILE.read_text())["rows"]
         if list(each.values())[:4] == ["H200", "encoder-800x1333", "bf16", "backward"]
     ]
     text = page(
@@ -182,10 +181,10 @@ def test_a_page_that_is_behind_fails_the_check(page, capsys):
     page()
     document = Path(page.arguments[1])
     document.write_text(document.read_text().replace("not yet", "1.0"))
-    assert gpu_table.main([*page.arguments, "--check"]) == 1
+    assert table.main([*page.arguments, "--check"]) == 1
     assert "is not up to date: run python -m benchmarks.gpu.table" in capsys.readouterr().out
     assert "not yet" not in document.read_text()  # a check writes nothing
-    assert gpu_table.main(page.arguments) == 0
+    assert table.main(page.arguments) == 0
     assert "not yet" in document.read_text()
 
 
@@ -205,7 +204,7 @@ def test_a_page_that_is_behind_fails_the_check(page, capsys):
 def test_files_that_hold_no_such_times_are_refused(page, capsys, change, message):
     page()
     (Path(page.arguments[3]) / "times-x.json").write_text(json.dumps(times(**change)))
-    assert gpu_table.main(page.arguments) == 2
+    assert table.main(page.arguments) == 2
     error = capsys.readouterr().err
     assert "times-x.json" in error
     assert message in error
@@ -213,9 +212,9 @@ def test_files_that_hold_no_such_times_are_refused(page, capsys, change, message
 
 @pytest.mark.parametrize("text", ["", "{begin}\n", "{end}\n{begin}\n", "{begin}\n{end}\n{begin}\n"])
 def test_a_page_without_its_markers_is_refused(page, capsys, text):
-    begin, end = gpu_table.markers("times")
+    begin, end = table.markers("times")
     Path(page.arguments[1]).write_text(text.format(begin=begin, end=end))
-    assert gpu_table.main(page.arguments) == 2
+    assert table.main(page.arguments) == 2
     assert "expected the line <!-- " in capsys.readouterr().err
 
 
@@ -223,11 +222,11 @@ def test_a_page_without_its_markers_is_refused(page, capsys, text):
 
 
 def test_predictions_in_the_repository_are_what_is_computed():
-    assert json.loads(_predictions.FILE.read_text()) == _predictions.record()
+    assert json.loads(predictions.FILE.read_text()) == predictions.record()
 
 
 def test_every_part_of_every_decisive_shape_is_predicted():
-    rows = _predictions.record()["rows"]
+    rows = predictions.record()["rows"]
     found = {(each["card"], each["case"], each["dtype"], each["part"]) for each in rows}
     assert found == {
         (card.kind, name, dtype, part)
@@ -260,7 +259,7 @@ def test_issue_slots_are_those_counted_for_whole_kernels(name, forward, backward
         ):
             micros = 1e6 * work.warps * work.instructions(which, loop) / ISSUED
             assert micros == pytest.approx(expected[number], rel=0.06, abs=0.6)
-            found = _predictions.gather(work, which, loop)["issue"]
+            found = predictions.gather(work, which, loop)["issue"]
             assert found * REACHED * 1e6 == pytest.approx(micros)
 
 
@@ -279,17 +278,17 @@ def test_bytes_of_a_shape_are_those_of_its_inputs():
 def test_memory_alone_differs_between_the_cards():
     work = Work(BY_NAME["decoder-800x1333"], "bf16")
     h100, h200 = CARDS
-    seconds = [_predictions.predict(work, card, "zeros")[0] - _predictions.GAP for card in CARDS]
+    seconds = [predictions.predict(work, card, "zeros")[0] - predictions.GAP for card in CARDS]
     assert seconds[0] / seconds[1] == pytest.approx(h200.memory / h100.memory)
     small = Work(BY_NAME["extractor-B-512-x2"], "bf16")
-    assert _predictions.predict(small, h100, "zeros") == _predictions.predict(small, h200, "zeros")
+    assert predictions.predict(small, h100, "zeros") == predictions.predict(small, h200, "zeros")
 
 
 def test_targets_speak_of_shapes_that_are_timed():
-    for targets in _targets.GPU_TARGETS.values():
-        for target in targets:
-            each = [_targets.Measured(name, name, "bf16", "forward", "x", {}) for name in DECISIVE]
-            names = [m.case for m in each if _targets.fnmatch.fnmatch(m.case, target.cases)]
+    for held_to in targets.GPU_TARGETS.values():
+        for target in held_to:
+            each = [targets.Measured(name, name, "bf16", "forward", "x", {}) for name in DECISIVE]
+            names = [m.case for m in each if targets.fnmatch.fnmatch(m.case, target.cases)]
             assert names, target.cases
 
 
@@ -309,7 +308,7 @@ def test_targets_speak_of_shapes_that_are_timed():
 )
 def test_odd_results_are_refused_in_one_line(tmp_path, capsys, change):
     (tmp_path / "times-h200.json").write_text(json.dumps(change(times())))
-    assert gpu_table.main(["--results", str(tmp_path), "--check"]) == 2
+    assert table.main(["--results", str(tmp_path), "--check"]) == 2
     said = capsys.readouterr().err
     assert "times-h200.json" in said
     assert said.count("\n") == 1
