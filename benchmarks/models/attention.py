@@ -38,7 +38,6 @@ try:
 
     import vitadapter
     import vitadapter_ops
-    from vitadapter.analysis import counting
 except ModuleNotFoundError as missing:
     if missing.name not in ("matplotlib", "PIL", "rich", "torch", "vitadapter", "vitadapter_ops"):
         raise  # not something that was never installed, but something broken
@@ -66,6 +65,10 @@ from benchmarks.common.options import (
     positive_float,
 )
 from benchmarks.common.timing import Case, OutOfMemory, Timing, ratio, take_turns
+from benchmarks.paper import costs
+from benchmarks.paper.tables import TABLE_7 as PUBLISHED
+from benchmarks.paper.tables import TABLE_7_SETTING as SETTING
+from benchmarks.paper.tables import TABLE_7_SOURCE as SOURCE
 
 MODEL = "vit_adapter_small"
 Size = tuple[int, int]  # height, width
@@ -78,34 +81,7 @@ CPU_SIZE: Size = (384, 576)
 OUT = _report.OUT
 
 
-# --- what was published -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Published:
-    """One row of Table 7: parameters and multiply-adds, training time and memory."""
-
-    params_m: float
-    flops_g: float
-    s_per_iter: float
-    memory_g: float
-
-
-SOURCE = "Chen et al., Vision Transformer Adapter for Dense Predictions, ICLR 2023, Table 7"
-SETTING = (
-    "ViT-Adapter-S with Mask R-CNN; FLOPs are multiply-adds for one 800x1280 image; time and "
-    "memory are of FP16 training on A100 GPUs, 2 images per GPU"
-)
-PUBLISHED = {
-    "deformable": Published(47.8, 403, 0.36, 13.7),
-    "dense": Published(50.3, 1080, 1.61, 19.0),
-    "cswin": Published(50.3, 456, 0.56, 15.6),
-    "pale": Published(50.3, 458, 0.75, 17.4),
-}
 BASE = "deformable"  # what ratios are taken to
-
-
-# --- what is compared ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -296,10 +272,6 @@ def check_model(row: Row, model: nn.Module, device: torch.device, precision: str
 
 def count(rows: Sequence[Row], size: Size) -> dict[str, Any]:
     """Parameters and multiply-adds: in the paper's setting, and of the backbone at `size`."""
-
-    def as_json(cost: counting.Cost) -> dict[str, int]:
-        return {"params": cost.params, "paper": cost.paper, "full": cost.full}
-
     settings: dict[str, Any] = {
         "paper_setting": {"size": PAPER_SIZE, "mask_rcnn": True, "rows": {}},
         "measured_setting": {"size": size, "mask_rcnn": False, "rows": {}},
@@ -307,10 +279,11 @@ def count(rows: Sequence[Row], size: Size) -> dict[str, Any]:
     for row in rows:
         with torch.device("meta"):  # only shapes are needed
             model = build(row)
-        detector = counting.mask_rcnn(model.embed_dim, PAPER_SIZE)
-        whole = counting.count(model, PAPER_SIZE) + detector
-        settings["paper_setting"]["rows"][row.key] = as_json(whole)
-        settings["measured_setting"]["rows"][row.key] = as_json(counting.count(model, size))
+        detector = costs.head_cost("Mask R-CNN", model.embed_dim, PAPER_SIZE)
+        whole = costs.count(model, costs.images(PAPER_SIZE)) + detector
+        backbone = costs.count(model, costs.images(size))
+        settings["paper_setting"]["rows"][row.key] = asdict(whole)
+        settings["measured_setting"]["rows"][row.key] = asdict(backbone)
     return settings
 
 
