@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from optional import require_cuda
 from rich.console import Console
 
-from benchmarks.common.memory import ChildError, Peak
+from benchmarks.common.memory import Peak
 from benchmarks.common.timing import OutOfMemory, Timing
 from benchmarks.models import attention as attn
 from benchmarks.models import attention_chart as chart
@@ -208,18 +208,15 @@ def test_counted_table_shows_the_published_figures(capsys, monkeypatch):
     monkeypatch.setattr(measure, "measure_all", lambda *args: pytest.fail("measured"))
     assert attn.main(["--device", "cpu", "--paper", "--counted"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {line[0]: line[1:5] for line in reversed(lines) if line and len(line) == 9}
+    lines = [line for line in lines if len(line) == 9 and line[0] != "attention"]
+    rows = {line[0]: line[1:5] for line in reversed(lines)}
     # Reversed, so that of a name's two rows the upper one stays: the paper's setting.
     assert rows["deformable"] == ["47.8", "47.8", "403", "403"]
     assert rows["dense"] == ["50.3", "50.3", "1080", "1080"]
     assert rows["CSwin"] == ["50.3", "50.3", "456", "456"]
     assert rows["Pale"] == ["50.3", "50.3", "456", "458"]
-
-
-def test_counting_everything_counts_more_than_the_paper():
-    counted = measure.count(models.ROWS, (128, 192))
-    for setting in counted.values():
-        assert all(cost["full"] > cost["paper"] for cost in setting["rows"].values())
+    assert len(lines) == 2 * 4
+    assert all(float(line[7]) > float(line[3]) for line in lines)  # everything, the convention
 
 
 @pytest.mark.parametrize(
@@ -383,12 +380,6 @@ def test_out_of_memory_while_timing_becomes_the_rows_status():
     entry = next(entry for entry in record["measured"] if entry["row"] == "dense")
     assert entry["status"] == "out of memory"
     assert entry["ratio"]["forward"] is None
-
-
-def test_child_error_of_an_impossible_row_names_it():
-    impossible = settings(rows=(models.Row("dense", "dense", "no-such-attention"),))
-    with pytest.raises(ChildError, match="no-such-attention"):
-        measure.measure_memory(impossible, lambda row, dtype: None)
 
 
 def test_run_without_a_kernel_carries_a_warning_with_the_reason():

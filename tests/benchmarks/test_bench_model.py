@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from benchmarks.common.memory import Peak
 from benchmarks.models import adapter_vs_vit as bench
 
 TINY = ["--device", "cpu", "--cases", "tiny", "--pixels", "64", "--rounds", "1", "--warmup", "0"]
@@ -25,12 +26,15 @@ def fast(monkeypatch):
     monkeypatch.setattr(bench, "GATE_PIXELS", 64)
 
 
-def test_prints_plain_adapter_ratio_floor_memory_and_profile(fast, tmp_path, capsys):
+def test_prints_plain_adapter_ratio_floor_memory_and_profile(fast, tmp_path, capsys, monkeypatch):
+    made_up = Peak("ok", 77 * 2**20)
+    monkeypatch.setattr(bench, "peak_in_child", lambda *args, **kwargs: made_up)
     assert bench.main([*TINY, "--dtype", "fp32", "--profile", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     for header in ("plain ms", "adapter ms", "FPS ratio", "/floor", "adapter MiB"):
         assert header in shown
-    assert "ViT-T" in shown
+    (row,) = [line for line in shown.splitlines() if line.startswith("ViT-T")]
+    assert row.split()[-2:] == ["77", "77"]
     assert "ms_deform_attn" in shown
     assert "own time" in shown
 
