@@ -66,14 +66,6 @@ SPREAD_BF16_OUTPUT_SHARE = 5e-2
 # of a pixel on large maps, which is its users' concern; wrong levels or axes are off by far more.
 RIVAL_SHARE = 0.05
 
-# A model's maps against its maps in fp64, as a share of each map's largest value: some 40 layers of
-# fp32, or of bf16 products under autocast.
-MAP_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-
-# Another project's whole model with its own attention and with ours, in fp32, as a share of the
-# largest value: beyond it a benchmark prints no ratio of times.
-DROP_IN_MODEL_SHARE = 1e-4
-
 # An image in a padded batch against the image alone: the largest difference as a share of the map's
 # root mean square. Sizes of the batch round sampling locations, in fp32 also for fp64, and order
 # sums. Measured over tests/model/test_padding_mask.py: at most 1.3e-6, 4e-7 and, mostly, nothing;
@@ -82,6 +74,14 @@ PADDED_SHARE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05}
 
 # ... and of the gradient of each parameter in fp64, as a share of its length; measured 3.2e-7.
 PADDED_GRADIENT_SHARE = 1e-5
+
+# A model's maps against its maps in fp64, as a share of each map's largest value: some 40 layers of
+# fp32, or of bf16 products under autocast.
+MAP_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+# Another project's whole model with its own attention and with ours, in fp32, as a share of the
+# largest value: beyond it a benchmark prints no ratio of times.
+DROP_IN_MODEL_SHARE = 1e-4
 
 
 def eps(dtype: torch.dtype) -> float:
