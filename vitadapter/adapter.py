@@ -44,7 +44,7 @@ from .pyramid import FeaturePyramid
 from .ragged import RaggedBatch
 
 # What `ViTAdapter` adds to a backbone.
-ADAPTER_PARTS = (*("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4"),)
+ADAPTER_PARTS = ("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4")
 # Options of `around` and `from_timm`: what the backbone does not say, and is no argument of theirs.
 _OPTIONS = [
     name

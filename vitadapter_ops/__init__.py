@@ -6,6 +6,7 @@ Functions `ms_deform_attn` and `ms_deform_attn_from_offsets`, module `MSDeformAt
 
 from . import _extension
 from . import _ops as _ops  # registers the operators
+from . import flops as flops  # registers their FLOPs
 from ._dispatch import BackendUnavailable, available_backends, explain_backend
 from ._version import __version__
 from .functional import ms_deform_attn, ms_deform_attn_from_offsets

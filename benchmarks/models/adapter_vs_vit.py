@@ -2,12 +2,12 @@
 """What the adapter costs beside the plain ViT: time, memory, and distance to matrix products.
 
     python -m benchmarks.models.adapter_vs_vit    # T, S, B at 512x512, a few minutes
-    python -m benchmarks.models.adapter_vs_vit --sizes small --compile --profile
-    python -m benchmarks.models.adapter_vs_vit --device cuda --sizes base large # bf16 and fp32
+    python -m benchmarks.models.adapter_vs_vit --cases small --compile --profile
+    python -m benchmarks.models.adapter_vs_vit --device cuda --cases base large # bf16 and fp32
 
 Every row is a forward pass of the segmentation model. "plain" is the same ViT with the necks of the
 paper's baseline. "floor" is what the model's multiply-adds (full count) would take at the rate that
-one large matrix product reaches here, in the same precision.
+one large matrix product reaches here, in the same dtype.
 
 The run is refused when a model's maps are not those of fp64.
 """
@@ -19,62 +19,56 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-try:
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-    from torch import Tensor, nn
+import torch
+from rich.table import Table
+from torch import Tensor, nn
 
-    import vitadapter
-    import vitadapter_ops
-    from vitadapter.analysis import counting
-except ModuleNotFoundError as missing:
-    if missing.name not in ("rich", "torch", "vitadapter", "vitadapter_ops"):
-        raise  # not something that was never installed, but something broken
-    raise SystemExit(
-        f"{missing.name} is not installed. `pip install '.[bench]'` in the checkout installs all "
-        "that is needed."
-    ) from missing
-
-from benchmarks.common import report as _report
-from benchmarks.common.console import LOOK, chosen_backend, columns, span, times, wide_console
+import vitadapter
+from benchmarks.common import options, report
+from benchmarks.common.console import LOOK, columns, span, times, wide_console
+from benchmarks.common.gate import RedGateError, held, show_red
 from benchmarks.common.memory import Peak, peak_in_child
-from benchmarks.common.options import add_device_arguments, device_of, natural, positive
 from benchmarks.common.timing import Case, OutOfMemory, Timing, ratio, take_turns
+from benchmarks.models.common import DTYPES, autocast, record_of, say, say_written
+from vitadapter.analysis import counting
+from vitadapter_ops.testing import cases
+from vitadapter_ops.testing.tolerances import assert_map_agrees
 
-SIZES = ("tiny", "small", "base", "large")
 KINDS = {"plain": "vit_", "adapter": "vit_adapter_"}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of the largest value of each map, against fp64: some 40 layers of fp32, and of bf16 products.
-GATE = {"fp32": 1e-4, "bf16": 0.1}
 GATE_PIXELS = 128
 GEMM_SIDE = 2048
 
 
-class RedGateError(Exception):
-    """A model's maps are wrong."""
+@dataclass(frozen=True)
+class Size:
+    """A published ViT."""
+
+    name: str
+
+
+SIZES = tuple(map(Size, ("tiny", "small", "base", "large")))
+USUAL = ("tiny", "small", "base")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is measured."""
 
-    sizes: tuple[str, ...]
-    precisions: tuple[str, ...]
+    cases: tuple[str, ...]
+    dtypes: tuple[str, ...]
     compiled: tuple[bool, ...]
     pixels: int
     batch: int
-    repeats: int
+    rounds: int
     warmup: int
     threads: int
     device: str
     memory: bool
 
 
-Key = tuple[str, str, bool, str]  # size, precision, compiled, kind
+Key = tuple[str, str, bool, str]  # size, dtype, compiled, kind
 
 
 def build(size: str, kind: str, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -88,10 +82,9 @@ def build(size: str, kind: str, device: str, dtype: torch.dtype = torch.float32)
     return model.to(device, dtype)
 
 
-def forward(model: nn.Module, images: Tensor, precision: str) -> Any:
+def forward(model: nn.Module, images: Tensor, dtype: str) -> Any:
     """One pass, under autocast for bf16."""
-    enabled = precision == "bf16"
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
+    with torch.no_grad(), autocast(images.device, dtype):
         return model(images)
 
 
@@ -101,23 +94,19 @@ def random_images(batch: int, pixels: int, device: str) -> Tensor:
     )
 
 
-def check(settings: Settings, size: str, precision: str, kind: str) -> None:
+def check(settings: Settings, size: str, dtype: str, kind: str) -> None:
     """Raises RedGateError unless the maps are those of fp64."""
     images = random_images(1, GATE_PIXELS, settings.device)
-    maps = forward(build(size, kind, settings.device), images, precision)
+    maps = forward(build(size, kind, settings.device), images, dtype)
     exact = forward(build(size, kind, settings.device, torch.float64), images.double(), "fp32")
-    for index, (got, want) in enumerate(zip(maps, exact, strict=True), start=1):
-        error = ((got.double() - want).abs().max() / want.abs().max()).item()
-        if not error <= GATE[precision]:
-            raise RedGateError(
-                f"{KINDS[kind]}{size} in {precision}: map {index} is off by {error:.2g} of its "
-                f"largest value, allowed {GATE[precision]:g}"
-            )
+    with held(f"{KINDS[kind]}{size}, {dtype}"):
+        for index, (got, want) in enumerate(zip(maps, exact, strict=True), start=1):
+            assert_map_agrees(f"map {index}", got, want, cases.DTYPES[dtype][0])
 
 
-def matmul_rate(device: str, precision: str, seconds: float = 1.0) -> float:
+def matmul_rate(device: str, dtype: str, seconds: float = 1.0) -> float:
     """Multiply-adds per second of one large matrix product: the best of a second's tries."""
-    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device, dtype=PRECISIONS[precision])
+    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device, dtype=cases.DTYPES[dtype][0])
     case = Case(lambda: torch.mm(a, a))
     begin, best = time.perf_counter(), float("inf")
     while time.perf_counter() - begin < seconds:
@@ -128,34 +117,34 @@ def matmul_rate(device: str, precision: str, seconds: float = 1.0) -> float:
 
 
 def prepare_step(
-    size: str, kind: str, precision: str, pixels: int, batch: int, device: str, threads: int
+    size: str, kind: str, dtype: str, pixels: int, batch: int, device: str, threads: int
 ) -> Callable[[], object]:
     """For a fresh process: a model that has run once, on a small image."""
     torch.set_num_threads(threads)
     model = build(size, kind, device)
-    forward(model, random_images(batch, 64, device), precision)
+    forward(model, random_images(batch, 64, device), dtype)
     images = random_images(batch, pixels, device)
-    return lambda: forward(model, images, precision)
+    return lambda: forward(model, images, dtype)
 
 
 def measure(settings: Settings, size: str) -> dict[Key, Timing | OutOfMemory]:
     """Times of all variants of one size, taking turns."""
     images = random_images(settings.batch, settings.pixels, settings.device)
     torch.compiler.reset()  # or the next size is a recompilation, of which torch allows only few
-    cases: dict[Key, Case] = {}
+    turns: dict[Key, Case] = {}
     for kind in KINDS:
         model = build(size, kind, settings.device)
         for compiled in settings.compiled:
             runnable = torch.compile(model, dynamic=False) if compiled else model
-            for precision in settings.precisions:
-                cases[size, precision, compiled, kind] = Case(
-                    lambda m=runnable, p=precision: forward(m, images, p)
+            for dtype in settings.dtypes:
+                turns[size, dtype, compiled, kind] = Case(
+                    lambda m=runnable, p=dtype: forward(m, images, p)
                 )
     return take_turns(
-        cases,
+        turns,
         device=torch.device(settings.device),
         warmup=settings.warmup,
-        repeats=settings.repeats,
+        repeats=settings.rounds,
     )
 
 
@@ -165,32 +154,32 @@ def table_of(
     rates: dict[str, float],
     peaks: dict[tuple[str, str, str], Peak],
 ) -> Table:
-    """One line for each size, precision and way to run."""
+    """One line for each size, dtype and way to run."""
     title = f"forward, batch {settings.batch}, {settings.pixels}x{settings.pixels}"
     table = Table(title=title, **LOOK)
     headers = ["model", "", "plain ms", "adapter ms", "ratio", "FPS ratio", "floor ms", "/floor"]
     headers += ["plain MiB", "adapter MiB"] if settings.memory else []
     columns(table, *headers)
-    for size in settings.sizes:
+    for size in settings.cases:
         flops = (
             counting.count(build_on_meta(size), (settings.pixels, settings.pixels)).full
             * settings.batch
         )
-        for precision in settings.precisions:
+        for dtype in settings.dtypes:
             for compiled in settings.compiled:
-                pair = [timings[size, precision, compiled, kind] for kind in KINDS]
+                pair = [timings[size, dtype, compiled, kind] for kind in KINDS]
                 medians = [t.median if isinstance(t, Timing) else None for t in pair]
                 shown = [
                     span(t.as_json(), "ms") if isinstance(t, Timing) else "out of memory"
                     for t in pair
                 ]
-                floor = flops / rates[precision]
+                floor = flops / rates[dtype]
                 slower = ratio(medians[1], medians[0])
-                row = [f"ViT-{size[0].upper()}", precision + (" compiled" if compiled else "")]
+                row = [f"ViT-{size[0].upper()}", dtype + (" compiled" if compiled else "")]
                 row += [*shown, times(slower), times(ratio(1.0, slower))]
                 row += [f"{floor * 1e3:.1f}", times(ratio(medians[1], floor))]
                 if settings.memory:
-                    row += [memory(peaks[size, precision, kind]) for kind in KINDS]
+                    row += [memory(peaks[size, dtype, kind]) for kind in KINDS]
                 table.add_row(*row)
     return table
 
@@ -207,23 +196,23 @@ def memory(peak: Peak) -> str:
     return f"{peak.growth_bytes / 2**20:.0f}"
 
 
-def profile_table(settings: Settings, size: str, precision: str) -> Table:
+def profile_table(settings: Settings, size: str, dtype: str) -> Table:
     """Where the adapter's time goes, operator by operator."""
     model = build(size, "adapter", settings.device)
     images = random_images(settings.batch, settings.pixels, settings.device)
-    forward(model, images, precision)
+    forward(model, images, dtype)
     is_cuda = torch.device(settings.device).type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if is_cuda else []
     with torch.profiler.profile(activities=kinds) as profile:
-        forward(model, images, precision)
+        forward(model, images, dtype)
 
     def own_time(event: Any) -> float:
         return event.self_device_time_total if is_cuda else event.self_cpu_time_total
 
     events = sorted(profile.key_averages(), key=own_time, reverse=True)
     whole = sum(map(own_time, events)) or 1.0
-    table = Table(title=f"vit_adapter_{size}, {precision}, eager: own time", **LOOK)
+    table = Table(title=f"vit_adapter_{size}, {dtype}, eager: own time", **LOOK)
     columns(table, "operator", "share", "ms", "calls")
     for event in events[:15]:
         own = own_time(event)
@@ -235,30 +224,35 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_device_arguments(parser)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "small", "base"])
-    parser.add_argument(
-        "--precision", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"]
+    options.add_device(parser)
+    options.add_cases(parser, [size.name for size in SIZES], ", ".join(USUAL))
+    options.add_dtypes(
+        parser, DTYPES, default=DTYPES, help="number formats; bf16 means autocast (default: both)"
     )
-    parser.add_argument("--pixels", type=positive, default=512, help="side of the images")
-    parser.add_argument("--batch", type=positive, default=1)
-    parser.add_argument("--repeats", type=positive, default=10)
-    parser.add_argument("--warmup", type=natural, default=2)
+    parser.add_argument(
+        "--pixels", type=options.positive, default=512, help="side of the images (default: 512)"
+    )
+    parser.add_argument(
+        "--batch", type=options.positive, default=1, help="images at a time (default: 1)"
+    )
+    options.add_rounds(parser, 10)
+    options.add_warmup(parser, 2)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--profile", action="store_true", help="show the operators' own times")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    options.add_output(parser)
     args = parser.parse_args(argv)
+    sizes = options.matching(SIZES, args.cases or USUAL)
     settings = Settings(
-        sizes=tuple(args.sizes),
-        precisions=tuple(args.precision),
+        cases=tuple(size.name for size in sizes),
+        dtypes=tuple(args.dtype),
         compiled=(False, True) if args.compile else (False,),
         pixels=args.pixels,
         batch=args.batch,
-        repeats=args.repeats,
+        rounds=args.rounds,
         warmup=args.warmup,
-        threads=args.threads or torch.get_num_threads(),
-        device=device_of(parser, args.device),
+        threads=args.threads,
+        device=args.device,
         memory=not args.no_memory,
     )
     return args, settings
@@ -267,66 +261,60 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
 def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parse(argv)
     torch.set_num_threads(settings.threads)
-    console: Console = wide_console()
-    device = torch.device(settings.device)
-    record: dict[str, Any] = {
-        **_report.origin(device),
-        "backends": {
-            "ran": {"fp32": chosen_backend(vitadapter_ops.explain_backend(device=device.type))}
-        },
-    }
-    console.print(_report.caption(record), style="dim", highlight=False)
+    console = wide_console()
+    record = record_of(torch.device(settings.device), settings.dtypes)
+    say(console, report.caption(record))
     try:
-        for size in settings.sizes:
-            for precision in settings.precisions:
+        for size in settings.cases:
+            for dtype in settings.dtypes:
                 for kind in KINDS:
-                    check(settings, size, precision, kind)
+                    check(settings, size, dtype, kind)
     except RedGateError as error:
-        console.print(f"Not timed, because the results are wrong: {error}", style="bold red")
+        show_red(console, error)
         return 1
 
-    rates = {p: matmul_rate(settings.device, p) for p in settings.precisions}
-    for precision, rate in rates.items():
-        console.print(f"matrix product in {precision}: {rate / 1e9:.0f} G multiply-adds/s")
+    rates = {dtype: matmul_rate(settings.device, dtype) for dtype in settings.dtypes}
+    for dtype, rate in rates.items():
+        console.print(f"matrix product in {dtype}: {rate / 1e9:.0f} G multiply-adds/s")
     timings: dict[Key, Timing | OutOfMemory] = {}
-    for size in settings.sizes:
+    for size in settings.cases:
         timings.update(measure(settings, size))
     peaks = {
-        (size, precision, kind): peak_in_child(
+        (size, dtype, kind): peak_in_child(
             prepare_step,
             size,
             kind,
-            precision,
+            dtype,
             settings.pixels,
             settings.batch,
             settings.device,
             settings.threads,
             device=settings.device,
         )
-        for size in settings.sizes
-        for precision in settings.precisions
+        for size in settings.cases
+        for dtype in settings.dtypes
         for kind in KINDS
         if settings.memory
     }
     console.print(table_of(settings, timings, rates, peaks))
     if args.profile:
-        for size in settings.sizes:
-            for precision in settings.precisions:
-                console.print(profile_table(settings, size, precision))
-    if args.json is not None:
-        record["settings"] = asdict(settings)
-        record["multiply_adds_per_s"] = rates
-        record["speed"] = [
-            {"model": KINDS[kind] + size, "precision": precision, "compiled": compiled}
-            | (timing.as_json() if isinstance(timing, Timing) else {"status": "out of memory"})
-            for (size, precision, compiled, kind), timing in timings.items()
-        ]
-        record["peak_memory"] = [
-            {"model": KINDS[kind] + size, "precision": precision} | asdict(peak)
-            for (size, precision, kind), peak in peaks.items()
-        ]
-        _report.write_json(args.json, record)
-        console.print(f"Written to: {args.json}", highlight=False, markup=False)
+        for size in settings.cases:
+            for dtype in settings.dtypes:
+                console.print(profile_table(settings, size, dtype))
+    record["settings"] = asdict(settings)
+    record["multiply_adds_per_s"] = rates
+    record["speed"] = [
+        {"model": KINDS[kind] + size, "dtype": dtype, "compiled": compiled}
+        | (timing.as_json() if isinstance(timing, Timing) else {"status": "out of memory"})
+        for (size, dtype, compiled, kind), timing in timings.items()
+    ]
+    record["peak_memory"] = [
+        {"model": KINDS[kind] + size, "dtype": dtype} | peak.as_json()
+        for (size, dtype, kind), peak in peaks.items()
+    ]
+    path = report.result_file(args.out, "model", settings.device)
+    report.write_json(path, record)
+    say_written(console, path)
     return 0
 
 

@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.common.report import GIB, caption
+from benchmarks.models.attention_models import BASE, LABELS
+from benchmarks.models.common import count_of
 
 WIDTH_PX, HEIGHT_PX, DPI = 1800, 720, 150
 
@@ -19,18 +21,9 @@ _OURS, _OURS_LIGHT = "#12805c", "#8fcdb5"  # deformable attention
 _OTHER, _OTHER_LIGHT = "#6b7a8f", "#c3ccd8"
 _INK, _MUTED, _PUBLISHED = "#1f2933", "#667382", "#c2410c"
 
-_LABELS = {
-    "deformable": "deformable",
-    "dense": "dense",
-    "cswin": "CSwin",
-    "pale": "Pale",
-    "dense-2022": "dense 2022",
-}
-_BASE = "deformable"
-
 
 def _colours(key: str) -> tuple[str, str]:
-    return (_OURS, _OURS_LIGHT) if key == _BASE else (_OTHER, _OTHER_LIGHT)
+    return (_OURS, _OURS_LIGHT) if key == BASE else (_OTHER, _OTHER_LIGHT)
 
 
 def _prepare(
@@ -50,11 +43,11 @@ def _prepare(
 
 def _name_rows(axes: Axes, keys: list[str]) -> None:
     """Row names at the left of the first panel; the others share its rows."""
-    axes.set_yticks(range(len(keys)), [_LABELS[key] for key in keys], fontsize=10.5)
+    axes.set_yticks(range(len(keys)), [LABELS[key] for key in keys], fontsize=10.5)
     axes.tick_params(axis="y", length=0, pad=8)
     for label, key in zip(axes.get_yticklabels(), keys, strict=True):
-        label.set_color(_OURS if key == _BASE else _INK)
-        label.set_fontweight("bold" if key == _BASE else "normal")
+        label.set_color(_OURS if key == BASE else _INK)
+        label.set_fontweight("bold" if key == BASE else "normal")
 
 
 def _write(axes: Axes, x: float, y: float, text: str, published: str = "", *, bold: bool) -> None:
@@ -116,16 +109,16 @@ def _flops(axes: Axes, keys: list[str], record: dict[str, Any]) -> None:
             at = published[key]["flops_g"]
             axes.plot([at, at], [y - 0.36, y + 0.36], color=_PUBLISHED, linewidth=1.8)
             theirs = f"publ. {at:.0f}"
-        base = rows.get(_BASE)
-        times = None if key == _BASE or base is None else rows[key]["paper"] / base["paper"]
-        _write(axes, full, y, _with_ratio(f"{paper:.0f}", times), theirs, bold=key == _BASE)
+        base = rows.get(BASE)
+        times = None if key == BASE or base is None else rows[key]["paper"] / base["paper"]
+        _write(axes, full, y, _with_ratio(f"{paper:.0f}", times), theirs, bold=key == BASE)
 
 
 def _published_ratio(record: dict[str, Any], key: str, what: str) -> str:
     rows = record["published"]["rows"]
-    if key not in rows or key == _BASE:
+    if key not in rows or key == BASE:
         return ""
-    return f"publ. {rows[key][what] / rows[_BASE][what]:.2f}×"
+    return f"publ. {rows[key][what] / rows[BASE][what]:.2f}×"
 
 
 def _time(axes: Axes, entries: list[dict[str, Any]], record: dict[str, Any]) -> None:
@@ -160,9 +153,9 @@ def _time(axes: Axes, entries: list[dict[str, Any]], record: dict[str, Any]) -> 
             axes.plot([low, end], [at, at], color=_INK, linewidth=1.1)
             if end < high:
                 axes.plot(end, at, marker=">", markersize=4, color=_INK, clip_on=False)
-            times = None if key == _BASE else entry["ratio"][kind]
+            times = None if key == BASE else entry["ratio"][kind]
             text = _with_ratio(_seconds(timing["median_s"]), times)
-            _write(axes, max(timing["median_s"], end), at, text, published, bold=key == _BASE)
+            _write(axes, max(timing["median_s"], end), at, text, published, bold=key == BASE)
 
 
 def _memory(axes: Axes, entries: list[dict[str, Any]], record: dict[str, Any]) -> None:
@@ -177,22 +170,21 @@ def _memory(axes: Axes, entries: list[dict[str, Any]], record: dict[str, Any]) -
             _write(axes, 0, y, text, bold=False)
             continue
         axes.barh(y, size, height=0.56, color=_colours(key)[0])
-        times = None if key == _BASE else entry["ratio"]["memory"]
+        times = None if key == BASE else entry["ratio"]["memory"]
         text = _with_ratio(f"{size:.{1 if size >= 10 else 2}f} GiB", times)
-        _write(axes, size, y, text, _published_ratio(record, key, "memory_g"), bold=key == _BASE)
+        _write(axes, size, y, text, _published_ratio(record, key, "memory_g"), bold=key == BASE)
 
 
 def _measured_as(record: dict[str, Any]) -> str:
     settings = record["settings"]
     height, width = settings["size"]
-    images = "1 image" if settings["batch"] == 1 else f"{settings['batch']} images"
-    return f"{images} of {height}×{width}, {record['chart_precision']}"
+    return f"{count_of(settings['batch'])} of {height}×{width}, {record['chart_dtype']}"
 
 
-def figure_of(record: dict[str, Any], precision: str) -> Figure:
-    """One precision of a record as a figure of WIDTH_PX x HEIGHT_PX pixels."""
-    record = {**record, "chart_precision": precision}
-    entries = [entry for entry in record["measured"] if entry["precision"] == precision]
+def figure_of(record: dict[str, Any], dtype: str) -> Figure:
+    """One dtype of a record as a figure of WIDTH_PX x HEIGHT_PX pixels."""
+    record = {**record, "chart_dtype": dtype}
+    entries = [entry for entry in record["measured"] if entry["dtype"] == dtype]
     keys = [entry["row"] for entry in entries]
 
     figure = Figure(figsize=(WIDTH_PX / DPI, HEIGHT_PX / DPI), dpi=DPI, facecolor="white")
@@ -214,7 +206,7 @@ def figure_of(record: dict[str, Any], precision: str) -> Figure:
         va="center",
     )
     small = (
-        f"{caption(record)}. Median of {record['settings']['repeats']}, black line p20-p80 (arrow: "
+        f"{caption(record)}. Median of {record['settings']['rounds']}, black line p20-p80 (arrow: "
         "goes on); × is "
         "the ratio to deformable attention. publ.: Chen et al., ICLR 2023, Table 7; time and "
         "memory there are of training the whole detector, FP16, A100, 2 images per GPU (dense "
@@ -232,7 +224,7 @@ def figure_of(record: dict[str, Any], precision: str) -> Figure:
     return figure
 
 
-def draw(record: dict[str, Any], precision: str, path: Path) -> None:
-    """Draw one precision of a record into a PNG."""
+def draw(record: dict[str, Any], dtype: str, path: Path) -> None:
+    """Draw one dtype of a record into a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure_of(record, precision).savefig(path)
+    figure_of(record, dtype).savefig(path)

@@ -2,8 +2,8 @@
 """Other projects' models before and after the one line that gives them our operator.
 
     python -m benchmarks.models.drop_in
-    python -m benchmarks.models.drop_in --models deformable-detr --rounds 3
-    python -m benchmarks.models.drop_in --json benchmarks/results/drop-in-cpu.json
+    python -m benchmarks.models.drop_in --cases deformable-detr --rounds 3
+    python -m benchmarks.models.drop_in --publish    # writes benchmarks/results/drop-in-cpu.json
 
 Deformable DETR, Grounding DINO and Mask2Former of the installed transformers, in their default
 sizes with random weights, on one image of 800 x 1066. Original and patched take turns in one
@@ -24,29 +24,19 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-try:
-    import torch
-    from rich.table import Table
-    from torch import Tensor, nn
+import torch
+from rich.table import Table
+from torch import Tensor, nn
 
-    import vitadapter_ops
-except ModuleNotFoundError as missing:
-    if missing.name not in ("rich", "torch", "vitadapter_ops"):
-        raise
-    raise SystemExit(
-        f"{missing.name} is not installed: pip install '.[bench,integrations]' in the checkout"
-    ) from missing
-
-from benchmarks.common import report as _report
-from benchmarks.common.console import LOOK, chosen_backend, columns, span, times, wide_console
-from benchmarks.common.options import positive
+from benchmarks.common import options, report
+from benchmarks.common.console import LOOK, columns, span, times, wide_console
 from benchmarks.common.timing import Timing
+from benchmarks.models.common import record_of, say, say_written
 from vitadapter_ops.compat.transformers import patch_transformers
+from vitadapter_ops.testing.tolerances import DROP_IN_MODEL_SHARE
 
-AGREEMENT = 1e-4
 ORIGINAL, PATCHED = "original", "patched"
 
 
@@ -55,12 +45,14 @@ class Model:
     """A model to time.
 
     Attributes:
+        name: what --cases calls it.
         package: as `patch_transformers` names it.
         build: the model, and the arguments of its forward.
         part: the submodule that is timed beside the whole model, and what to call it.
         compared: outputs of the whole model that have to agree.
     """
 
+    name: str
     package: str
     build: Callable[[Any], tuple[nn.Module, dict[str, Tensor]]]
     part: tuple[str, str]
@@ -97,20 +89,29 @@ def mask2former(transformers: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {"pixel_values": image()}
 
 
-MODELS = {
-    "deformable-detr": Model(
-        "deformable_detr", deformable_detr, ("model.encoder", "encoder"), ("logits", "pred_boxes")
+MODELS = (
+    Model(
+        "deformable-detr",
+        "deformable_detr",
+        deformable_detr,
+        ("model.encoder", "encoder"),
+        ("logits", "pred_boxes"),
     ),
-    "grounding-dino": Model(
-        "grounding_dino", grounding_dino, ("model.encoder", "encoder"), ("logits", "pred_boxes")
+    Model(
+        "grounding-dino",
+        "grounding_dino",
+        grounding_dino,
+        ("model.encoder", "encoder"),
+        ("logits", "pred_boxes"),
     ),
-    "mask2former": Model(
+    Model(
+        "mask2former",
         "mask2former",
         mask2former,
         ("model.pixel_level_module.decoder", "pixel decoder"),
         ("class_queries_logits", "masks_queries_logits"),
     ),
-}
+)
 
 
 def perturb(model: nn.Module) -> None:
@@ -159,10 +160,9 @@ def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def measure(
-    name: str, transformers: Any, rounds: int
+    entry: Model, transformers: Any, rounds: int
 ) -> tuple[dict[str, float], dict[tuple[str, str], Timing]]:
     """Differences of the outputs by part, and timings by (part, variant)."""
-    entry = MODELS[name]
     torch.manual_seed(0)
     model, inputs = entry.build(transformers)
     perturb(model)
@@ -209,7 +209,7 @@ def as_json(
             ORIGINAL: before.as_json(),
             PATCHED: after.as_json(),
             "difference": share,
-            "faster": before.median / after.median if share <= AGREEMENT else None,
+            "faster": before.median / after.median if share <= DROP_IN_MODEL_SHARE else None,
         }
     return found
 
@@ -232,43 +232,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=positive, default=5, help="recorded rounds (default: 5)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    options.add_cases(parser, [model.name for model in MODELS])
+    options.add_rounds(parser, 5)
+    options.add_threads(parser)
+    options.add_output(parser)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     try:
         import transformers
     except ModuleNotFoundError as missing:
         raise SystemExit(f"{missing.name} is not installed: pip install transformers") from missing
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    device = torch.device("cpu")
     console = wide_console()
-    record: dict[str, Any] = {
-        **_report.origin(device, "vitadapter_ops", "transformers"),
-        "backends": {"ran": {"fp32": chosen_backend(vitadapter_ops.explain_backend(device))}},
-    }
-    console.print(_report.caption(record), style="dim", highlight=False)
-    console.print(f"transformers {record['versions']['transformers']}, fp32", style="dim")
+    record = record_of(torch.device("cpu"), ("fp32",), "transformers")
+    say(console, report.caption(record))
+    say(console, f"transformers {record['versions']['transformers']}, fp32")
     console.print()
     record["settings"] = {"rounds": args.rounds, "image": list(image().shape)}
     record["models"] = {}
-    for name in args.models:
-        parts = as_json(*measure(name, transformers, args.rounds))
-        record["models"][name] = parts
-        console.print(table(name, parts))
+    agree = True
+    for model in options.matching(MODELS, args.cases):
+        parts = as_json(*measure(model, transformers, args.rounds))
+        record["models"][model.name] = parts
+        agree &= parts[model.part[1]]["faster"] is not None
+        console.print(table(model.name, parts))
         console.print()
-    console.print("Medians of the rounds, with the 20th and 80th percentile.", style="dim")
-    if args.json is not None:
-        _report.write_json(args.json, record)
-        console.print(f"Written to: {args.json}", highlight=False, markup=False)
-    agree = all(
-        parts[MODELS[name].part[1]]["faster"] is not None
-        for name, parts in record["models"].items()
-    )
+    say(console, "Medians of the rounds, with the 20th and 80th percentile.")
+    path = report.result_file(args.out, "drop-in", "cpu")
+    report.write_json(path, record)
+    say_written(console, path)
     return 0 if agree else 1
 
 

@@ -8,9 +8,10 @@ import json
 import pytest
 import torch
 
+from benchmarks.common.memory import Peak
 from benchmarks.models import adapter_vs_vit as bench
 
-TINY = ["--device", "cpu", "--sizes", "tiny", "--pixels", "64", "--repeats", "1", "--warmup", "0"]
+TINY = ["--device", "cpu", "--cases", "tiny", "--pixels", "64", "--rounds", "1", "--warmup", "0"]
 TINY += ["--threads", "1"]
 
 
@@ -21,25 +22,27 @@ def _threads(threads):
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda device, precision: 1e11)
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(bench, "GATE_PIXELS", 64)
 
 
-def test_prints_plain_adapter_ratio_floor_memory_and_profile(fast, capsys):
-    assert bench.main([*TINY, "--precision", "fp32", "--profile"]) == 0
+def test_prints_plain_adapter_ratio_floor_memory_and_profile(fast, tmp_path, capsys, monkeypatch):
+    made_up = Peak("ok", 77 * 2**20)
+    monkeypatch.setattr(bench, "peak_in_child", lambda *args, **kwargs: made_up)
+    assert bench.main([*TINY, "--dtype", "fp32", "--profile", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     for header in ("plain ms", "adapter ms", "FPS ratio", "/floor", "adapter MiB"):
         assert header in shown
-    assert "ViT-T" in shown
+    (row,) = [line for line in shown.splitlines() if line.startswith("ViT-T")]
+    assert row.split()[-2:] == ["77", "77"]
     assert "ms_deform_attn" in shown
     assert "own time" in shown
 
 
 def test_json_holds_every_time_and_peak(fast, tmp_path):
-    path = tmp_path / "model.json"
-    assert bench.main([*TINY, "--json", str(path)]) == 0
-    record = json.loads(path.read_text())
-    rows = {(row["model"], row["precision"], row["compiled"]) for row in record["speed"]}
+    assert bench.main([*TINY, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "model-cpu.json").read_text())
+    rows = {(row["model"], row["dtype"], row["compiled"]) for row in record["speed"]}
     models = ("vit_tiny", "vit_adapter_tiny")
     assert rows == {(m, p, False) for m in models for p in ("fp32", "bf16")}
     assert all(row["median_s"] > 0 for row in record["speed"])
@@ -47,7 +50,7 @@ def test_json_holds_every_time_and_peak(fast, tmp_path):
     assert record["settings"]["pixels"] == 64
 
 
-def test_wrong_maps_are_not_timed(fast, capsys, monkeypatch):
+def test_wrong_maps_are_not_timed(fast, tmp_path, capsys, monkeypatch):
     right = bench.build
 
     def wrong(size, kind, device, dtype=torch.float32):
@@ -58,12 +61,19 @@ def test_wrong_maps_are_not_timed(fast, capsys, monkeypatch):
 
     monkeypatch.setattr(bench, "build", wrong)
     monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("timed"))
-    assert bench.main([*TINY, "--precision", "fp32"]) == 1
-    assert "Not timed, because the results are wrong" in capsys.readouterr().out
+    assert bench.main([*TINY, "--dtype", "fp32", "--out", str(tmp_path)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Not timed, because the results are wrong: vit_tiny, fp32: map 1 is off by" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_cases_are_patterns_and_leave_out_the_large_model_unless_named():
+    assert bench.parse([])[1].cases == ("tiny", "small", "base")
+    assert bench.parse(["--cases", "*"])[1].cases == ("tiny", "small", "base", "large")
 
 
 def test_floor_is_the_full_count_at_the_rate(fast):
-    _, settings = bench.parse([*TINY, "--precision", "fp32", "--no-memory"])
+    _, settings = bench.parse([*TINY, "--dtype", "fp32", "--no-memory"])
     key = ("tiny", "fp32", False)
     timings = {(*key, kind): bench.Timing((0.2,)) for kind in bench.KINDS}
     table = bench.table_of(settings, timings, {"fp32": 1e9}, {})

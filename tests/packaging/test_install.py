@@ -43,6 +43,8 @@ module = vitadapter_ops.MSDeformAttn(d_model=16, n_levels=1, n_heads=2)
 out = module(torch.randn(2, 5, 16), torch.rand(2, 5, 1, 2), torch.randn(2, 12, 16), [(3, 4)])
 out.square().sum().backward()
 assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+from vitadapter.analysis.counting import count
+assert count(torch.nn.Conv2d(3, 4, 1), (8, 8)).params == 16
 print("backends:", vitadapter_ops.available_backends())
 print(vitadapter_ops.explain_backend())
 """

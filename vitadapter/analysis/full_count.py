@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every arithmetic operation of a forward pass, in the unit of the published figures.
+"""Every arithmetic operation of a forward pass.
 
-One multiply-add is 1 and one elementwise operation is 1. The tables below give the cost of every
-operator that the models use. Moving data is free. An operator that is in no table raises, so that
-nothing is left out silently.
+One multiply-add is 1, as in published figures, and one elementwise operation is 1. Multiply-adds
+are those of torch.utils.flop_counter, which counts nothing else; the tables below add the rest for
+every operator that the models use. Moving data is free. An operator that is in no table raises, so
+that nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from vitadapter_ops.flops import CORNERS
 
 # Largest element, subtract, exponential, sum, divide.
 SOFTMAX = 5
 # Bilinear sampling, per point: two coordinates to pixels (2), floor (2), fraction (2), complement
-# (2), four corner weights (4). Per point and channel: one multiply-add for each corner.
+# (2), four corner weights (4).
 BILINEAR_POINT = 12
-BILINEAR_CHANNEL = 4
 # Deformable attention multiplies the attention weight into the four corner weights, once per point.
 DEFORMABLE_POINT = BILINEAR_POINT + 4
 
-# Operations per element of the (first) output.
+# Operations per element of the (first) output, beside torch's multiply-adds.
 _PER_OUTPUT = {
+    "aten.mm": 0,
+    "aten.bmm": 0,
+    "aten.addmm": 1,  # the bias
     "aten.add": 1,
     "aten.add_": 1,
     "aten.sub": 1,
@@ -51,40 +57,20 @@ _PER_OUTPUT = {
 
 # Allocation, layout, copies, gathers without arithmetic.
 _FREE = {
-    f"aten.{name}"
-    for name in (
-        *("_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat", "clone"),
-        *("constant_pad_nd", "copy_", "detach", "embedding", "empty", "expand", "fill_", "flip"),
-        *("full", "new_empty", "new_full", "permute", "repeat", "select", "slice", "split"),
-        *(
-            "split_with_sizes",
-            "stack",
-            "t",
-            "transpose",
-            "unbind",
-            "unfold",
-            "unsqueeze",
-            "upsample_nearest2d",
-        ),
-        *("view", "zeros_like"),
+    f"aten.{name}" for name in (
+        "_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat", "clone",
+        "constant_pad_nd", "copy_", "detach", "embedding", "empty", "expand", "fill_", "flip",
+        "full", "new_empty", "new_full", "permute", "repeat", "select", "slice", "split",
+        "split_with_sizes", "stack", "t", "transpose", "unbind", "unfold", "unsqueeze",
+        "upsample_nearest2d", "view", "zeros_like",
     )
-}
+}  # fmt: skip
 
 Rule = Callable[[Sequence[Any], Tensor], int]  # from the arguments and the first output
 
 
-def _matmul(args: Sequence[Any], out: Tensor) -> int:
-    return out.numel() * int(args[0].shape[-1])
-
-
-def _addmm(args: Sequence[Any], out: Tensor) -> int:
-    return out.numel() * (int(args[1].shape[-1]) + 1)
-
-
-def _convolution(args: Sequence[Any], out: Tensor) -> int:
-    inputs, weight, bias, transposed = args[0], args[1], args[2], args[6]
-    positions = inputs.numel() if transposed else out.numel()
-    return positions * weight[0].numel() + (out.numel() if bias is not None else 0)
+def _convolution_bias(args: Sequence[Any], out: Tensor) -> int:
+    return 0 if args[2] is None else out.numel()
 
 
 def _max_pool(args: Sequence[Any], out: Tensor) -> int:
@@ -97,36 +83,30 @@ def _per_input(args: Sequence[Any], out: Tensor) -> int:
 
 def _grid_sample(args: Sequence[Any], out: Tensor) -> int:
     points = args[1].numel() // 2
-    return points * BILINEAR_POINT + out.numel() * BILINEAR_CHANNEL
+    return points * BILINEAR_POINT + out.numel() * CORNERS
 
 
-def _ms_deform_attn(args: Sequence[Any], out: Tensor) -> int:
-    value, weights = args[0], args[4]
-    return weights.numel() * (DEFORMABLE_POINT + BILINEAR_CHANNEL * int(value.shape[-1]))
+def _corner_weights(args: Sequence[Any], out: Tensor) -> int:
+    return args[4].numel() * DEFORMABLE_POINT
 
 
-def _from_offsets(args: Sequence[Any], out: Tensor) -> int:
+def _points(args: Sequence[Any], out: Tensor) -> int:
     # Offset to a fraction and added to the reference, both for x and y; softmax of the logits.
-    value, logits = args[0], args[6]
-    per_point = 2 * 2 + SOFTMAX + DEFORMABLE_POINT + BILINEAR_CHANNEL * int(value.shape[-1])
-    return logits.numel() * per_point
+    return args[6].numel() * (2 * 2 + SOFTMAX + DEFORMABLE_POINT)
 
 
 _RULES: dict[str, Rule] = {
-    "aten.mm": _matmul,
-    "aten.bmm": _matmul,
-    "aten.addmm": _addmm,
-    "aten.convolution": _convolution,
+    "aten.convolution": _convolution_bias,
     "aten.max_pool2d_with_indices": _max_pool,
     "aten.avg_pool2d": _per_input,
     "aten._adaptive_avg_pool2d": _per_input,
     "aten.mean": _per_input,
     "aten.sum": _per_input,
     "aten.grid_sampler_2d": _grid_sample,
-    "vitadapter_ops.ms_deform_attn": _ms_deform_attn,
-    "vitadapter_ops.ms_deform_attn_reference": _ms_deform_attn,
-    "vitadapter_ops.ms_deform_attn_from_offsets": _from_offsets,
-    "vitadapter_ops.ms_deform_attn_from_offsets_reference": _from_offsets,
+    "vitadapter_ops.ms_deform_attn": _corner_weights,
+    "vitadapter_ops.ms_deform_attn_reference": _corner_weights,
+    "vitadapter_ops.ms_deform_attn_from_offsets": _points,
+    "vitadapter_ops.ms_deform_attn_from_offsets_reference": _points,
 }
 
 
@@ -161,11 +141,15 @@ class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = str(func.overloadpacket)
         first = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(first, Tensor) or name in _FREE:
             return out
+        if func.overloadpacket in flop_registry:
+            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+            self._count.total += flops // 2
         if name in _RULES:
             self._count.total += _RULES[name](args, first)
         elif name in _PER_OUTPUT:

@@ -79,6 +79,14 @@ PADDED_SHARE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05}
 # ... and of the gradient of each parameter in fp64, as a share of its length; measured 3.2e-7.
 PADDED_GRADIENT_SHARE = 1e-5
 
+# A model's maps against its maps in fp64, as a share of each map's largest value: some 40 layers of
+# fp32, or of bf16 products under autocast.
+MAP_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+# Another project's whole model with its own attention and with ours, in fp32, as a share of the
+# largest value: beyond it a benchmark prints no ratio of times.
+DROP_IN_MODEL_SHARE = 1e-4
+
 
 def eps(dtype: torch.dtype) -> float:
     """One unit in the last place of 1."""
@@ -130,6 +138,14 @@ def assert_close_but_for_crossings(name: str, got: Tensor, eager: Tensor, exact:
     eager_error = (eager.double() - exact).norm().item()
     bound = EAGER_FACTOR * eager_error + CROSSINGS_SHARE * exact.norm().item()
     assert error <= bound, f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}"
+
+
+def assert_map_agrees(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Holds a map to fp64's; `dtype` is what the model's products are in."""
+    share = ((got.double() - exact).abs().max() / exact.abs().max()).item()
+    assert share <= MAP_SHARE[dtype], (
+        f"{name} is off by {share:.2g} of its largest value, allowed {MAP_SHARE[dtype]:g}"
+    )
 
 
 def assert_gradients_of_models_agree(
