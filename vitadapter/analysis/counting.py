@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import ViTAdapter, plain_vit_arguments
+from ..adapter import ViTAdapter
 from ..backbones.plain_vit import PlainViT
-from ..config import ModelConfig
+from ..config import ModelConfig, backbone_arguments
 from ..models import create_model
 from . import heads
 from .full_count import full_count
@@ -212,7 +212,7 @@ def _backbone(
         model = create_model(name, task=task, **dict(options))
         if part == "vit":
             assert isinstance(model.config, ModelConfig)
-            only = _OnlyViT(**plain_vit_arguments(model.config))
+            only = _OnlyViT(**backbone_arguments(model.config, PlainViT))
     cost = count(only if part == "vit" else model, image_size)
     if part == "adapter":  # printed is the difference of the two other printed columns
         vit = _backbone(name, task, _BARE, "vit", image_size)[1]
