@@ -24,6 +24,7 @@ from .config import (
     NUM_MAPS,
     AdapterConfig,
     ModelConfig,
+    backbone_arguments,
     check_options,
     field_names,
 )
@@ -42,6 +43,7 @@ from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
 from .pyramid import FeaturePyramid
 from .ragged import RaggedBatch
+from .registry import builds
 
 # What `ViTAdapter` adds to a backbone.
 ADAPTER_PARTS = ("level_embed", "spm", "interactions", "up", "norm1", "norm2", "norm3", "norm4")
@@ -314,6 +316,7 @@ class ViTAdapter(FeaturePyramid):
         self._freeze()
 
 
+@builds("plain_vit", adapter=True)
 class PlainViTAdapter(PlainViT, ViTAdapter):
     """The adapter with DeiT's and AugReg's ViT.
 
@@ -322,10 +325,11 @@ class PlainViTAdapter(PlainViT, ViTAdapter):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(**plain_vit_arguments(config))
+        super().__init__(**backbone_arguments(config, PlainViT))
         self._add_adapter(config)
 
 
+@builds("beit", adapter=True)
 class BEiTAdapter(BEiT, ViTAdapter):
     """The adapter with BEiT or BEiTv2.
 
@@ -334,10 +338,11 @@ class BEiTAdapter(BEiT, ViTAdapter):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(**beit_arguments(config))
+        super().__init__(**backbone_arguments(config, BEiT))
         self._add_adapter(config)
 
 
+@builds("uniperceiver", adapter=True)
 class UniPerceiverAdapter(UniPerceiver, ViTAdapter):
     """The adapter with Uni-Perceiver's image encoder.
 
@@ -346,18 +351,7 @@ class UniPerceiverAdapter(UniPerceiver, ViTAdapter):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(
-            in_chans=config.in_chans,
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            patch_size=config.patch_size,
-            pretrain_size=config.pretrain_size,
-            drop_path_rate=config.drop_path_rate,
-            window_size=config.window_size,
-            global_blocks=config.global_blocks,
-        )
+        super().__init__(**backbone_arguments(config, UniPerceiver))
         self._add_adapter(config)
 
 
@@ -421,38 +415,6 @@ class WrappedAdapter(ViTAdapter):
     def _tap_norm(self) -> Step | None:
         backbone: Any = self.backbone
         return backbone.norm if self.config.norm_taps else None
-
-
-def plain_vit_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Arguments for `PlainViT`."""
-    return {
-        "in_chans": config.in_chans,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "patch_size": config.patch_size,
-        "pretrain_size": config.pretrain_size,
-        "drop_path_rate": config.drop_path_rate,
-        "layer_scale": config.layer_scale,
-        "window_size": config.window_size,
-        "global_blocks": config.global_blocks,
-    }
-
-
-def beit_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Arguments for `BEiT`."""
-    return {
-        "in_chans": config.in_chans,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "patch_size": config.patch_size,
-        "drop_path_rate": config.drop_path_rate,
-        "window_sizes": config.beit_windows,
-        "img_size": config.image_side,
-    }
 
 
 def _default_heads(dim: int, ratio: float) -> int:

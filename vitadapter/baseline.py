@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from . import images as image_tools
-from .adapter import beit_arguments, build_interactions, init_adapter, plain_vit_arguments
+from .adapter import build_interactions, init_adapter
 from .backbones.beit import BEiT
 from .backbones.plain_vit import PlainViT
 from .backbones.protocol import Grid
-from .config import COARSEST_STRIDE, NECK_GROUPS, NUM_MAPS, ModelConfig
+from .config import COARSEST_STRIDE, NECK_GROUPS, NUM_MAPS, ModelConfig, backbone_arguments
 from .layers.attention.deformable import reference_points
 from .layers.interaction import LAYER_NORM_EPS, Geometry, embed_levels, run, to_maps, to_tokens
 from .layers.spatial_prior import SpatialPriorModule
 from .layers.upsample import Upsample
 from .pyramid import FeaturePyramid
+from .registry import builds
 
 
 class ViTBaseline(FeaturePyramid):
@@ -127,6 +128,7 @@ class ViTBaseline(FeaturePyramid):
         self._freeze()
 
 
+@builds("plain_vit", adapter=False)
 class PlainViTBaseline(PlainViT, ViTBaseline):
     """The baseline with DeiT's and AugReg's ViT.
 
@@ -135,7 +137,7 @@ class PlainViTBaseline(PlainViT, ViTBaseline):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(**plain_vit_arguments(config))
+        super().__init__(**backbone_arguments(config, PlainViT))
         dim = config.embed_dim
         self.taps = [config.depth - 1] * NUM_MAPS if config.residual_blocks else config.last_blocks
         if config.residual_blocks:
@@ -164,6 +166,7 @@ class PlainViTBaseline(PlainViT, ViTBaseline):
         ]
 
 
+@builds("beit", adapter=False)
 class BEiTBaseline(BEiT, ViTBaseline):
     """The baseline with BEiT; its necks have a batch norm, and its tokens none.
 
@@ -172,7 +175,7 @@ class BEiTBaseline(BEiT, ViTBaseline):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(**beit_arguments(config))
+        super().__init__(**backbone_arguments(config, BEiT))
         dim, third = config.embed_dim, config.depth // 3
         # Published for both depths: [3, 5, 7, 11] and [7, 11, 15, 23].
         self.taps = [third - 1, config.depth // 2 - 1, 2 * third - 1, config.depth - 1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
@@ -11,9 +12,10 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers.attention import ATTENTIONS
+from .registry import builder_of, families
 
 # Of images in [0, 1]: ImageNet's, and AugReg's of both.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,7 +26,6 @@ NUM_MAPS = 4
 # Of the group norm in the plain baselines' necks.
 NECK_GROUPS = 32
 TASKS = ("detection", "segmentation")
-FAMILIES = ("plain_vit", "beit", "uniperceiver")
 # spm: the spatial prior is added to the plain ViT's maps; spm+injector: and injected into the ViT;
 # spm+extractor: the adapter without injectors; full: the adapter.
 COMPONENTS = ("full", "spm+extractor", "spm+injector", "spm")
@@ -248,7 +249,7 @@ class ModelConfig(AdapterConfig):
     std: Sequence[float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        one_of("family", self.family, FAMILIES)
+        one_of("family", self.family, families())
         super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise ValueError(
@@ -270,10 +271,10 @@ class ModelConfig(AdapterConfig):
                 f"patch_size: expected {PATCH_SIZE} for the published backbones, got "
                 f"{self.patch_size}; ViTAdapter.from_timm takes others"
             )
-        if not self.is_adapter and self.family == "uniperceiver":
+        if builder_of(self.family, adapter=self.is_adapter) is None:
             raise ValueError(
                 "components, num_interactions: expected an adapter with extractors around "
-                f"uniperceiver, got {self.components!r}, {self.num_interactions}"
+                f"{self.family}, got {self.components!r}, {self.num_interactions}"
             )
         if self.norm_taps:
             raise ValueError(
@@ -376,6 +377,15 @@ def _are_numbers(values: object) -> bool:
         return False
     each = (v.item() if isinstance(v, Tensor) and not v.dim() else v for v in values)
     return all(isinstance(value, Real) and not isinstance(value, bool) for value in each)
+
+
+def backbone_arguments(config: ModelConfig, backbone: type[nn.Module]) -> dict[str, Any]:
+    """What the constructor of a published backbone takes: the configuration's values, by name."""
+    derived = {"img_size": config.image_side, "window_sizes": config.beit_windows}
+    return {
+        name: derived[name] if name in derived else getattr(config, name)
+        for name in inspect.signature(backbone).parameters
+    }
 
 
 def shares(depth: int, number: int) -> list[range]:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import IO, Any
 
-from .adapter import BEiTAdapter, PlainViTAdapter, UniPerceiverAdapter, ViTAdapter
-from .baseline import BEiTBaseline, PlainViTBaseline, ViTBaseline
+from .adapter import ViTAdapter
+from .baseline import ViTBaseline
 from .checkpoints import load_checkpoint
 from .config import (
     HALF,
@@ -20,6 +20,7 @@ from .config import (
     field_names,
     shares,
 )
+from .registry import builder_of
 
 # Paper, appendix A.1 and table 10. Large is pre-trained by AugReg, at 384 pixels and with its mean
 # and std; the others at 224.
@@ -172,17 +173,9 @@ def create_model(
         img_size=img_size,
         **values,
     )
-    model = _build(config)
+    build = builder_of(config.family, adapter=config.is_adapter)
+    assert build is not None  # or the configuration would have refused
+    model: ViTAdapter | ViTBaseline = build(config)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model
-
-
-def _build(config: ModelConfig) -> ViTAdapter | ViTBaseline:
-    if not config.is_adapter:
-        return (BEiTBaseline if config.family == "beit" else PlainViTBaseline)(config)
-    if config.family == "beit":
-        return BEiTAdapter(config)
-    if config.family == "uniperceiver":
-        return UniPerceiverAdapter(config)
-    return PlainViTAdapter(config)

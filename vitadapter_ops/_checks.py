@@ -16,7 +16,9 @@ from torch import Tensor
 # What is given as sizes: integers of Python or numpy, or tensors of no dimension.
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+# Of value; the only list of them in Python.
+FLOATING = (torch.float64, torch.float32, *SIXTEEN_BITS)
 
 
 _PLAIN = frozenset((tuple, list, torch.Size))

@@ -11,7 +11,7 @@ import torch
 from . import _extension
 from .triton import availability
 
-_MAX_LEVELS = 64  # csrc/params.h: kMaxLevels
+MAX_LEVELS = 64  # of all kernels; csrc/params.h: kMaxLevels
 
 
 class BackendUnavailable(RuntimeError):
@@ -49,8 +49,8 @@ def _native(device: str) -> Callable[[Call], str | None]:
     def can_run(call: Call) -> str | None:
         if call.device != device:
             return f"it needs tensors on {device}, these are on {call.device}"
-        if call.levels > _MAX_LEVELS:
-            return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
+        if call.levels > MAX_LEVELS:
+            return f"its kernels take at most {MAX_LEVELS} levels, got {call.levels}"
         library = _extension.load(device)
         if library.origin is None:
             return f"its library is not available: {library.error}"
@@ -60,8 +60,8 @@ def _native(device: str) -> Callable[[Call], str | None]:
 
 
 def _triton(call: Call) -> str | None:
-    if call.levels > _MAX_LEVELS:
-        return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
+    if call.levels > MAX_LEVELS:
+        return f"its kernels take at most {MAX_LEVELS} levels, got {call.levels}"
     return availability.why_not(call.device)
 
 
@@ -81,10 +81,7 @@ BACKENDS = (
     Backend("reference", "_reference", _always),
 )
 
-_chosen: dict[tuple[str, Call], str] = {}
 
-
-@torch.compiler.assume_constant_result
 def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) -> str:
     """The name of what serves a call of `op`; compiles the native library at its first use.
 
@@ -92,11 +89,12 @@ def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) 
         ValueError: no backend has this name.
         BackendUnavailable: the backend that was asked for cannot run.
     """
-    call = Call(op, device, dtype, levels)
-    chosen = _chosen.get((backend, call)) if isinstance(backend, str) else None
-    if chosen is None:
-        chosen = _chosen[backend, call] = op + _find(backend, call).suffix
-    return chosen
+    return op + _find(backend, Call(op, device, dtype, levels)).suffix
+
+
+# What torch.compiler.assume_constant_result does, which first imports all of torch's compiler: as
+# long again as torch itself, in every process.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find(backend: str, call: Call) -> Backend:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks, _dispatch, _ops
+from ._call_cache import CallCache
 from .reference import compute_dtype
 
 
@@ -22,15 +23,8 @@ class _Plan(NamedTuple):
     grows: bool = False  # value, and the mask over it, get a pixel more
 
 
-# By kind of call. Checks and the choice of a backend take three times as long as a look-up.
-_plans: dict[Hashable, _Plan] = {}
-_MOST_PLANS = 4096  # then forgotten: image sizes may change without end
-
-
-def _remember(kind: Hashable, plan: _Plan) -> None:
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[kind] = plan
+# Checks and the choice of a backend take three times as long as a look-up.
+_plans: CallCache[_Plan] = CallCache()
 
 
 def points_dtype(
@@ -146,7 +140,7 @@ def ms_deform_attn(
             kind is not None,
         )
         if kind is not None:
-            _remember(kind, plan)
+            _plans[kind] = plan
     if plan.grows:
         value, _ = grow(value)
     return plan.call(
@@ -271,7 +265,7 @@ def ms_deform_attn_from_offsets(
             kind is not None,
         )
         if kind is not None:
-            _remember(kind, plan)
+            _plans[kind] = plan
     compute = compute_dtype(value.dtype)
     if offset_scale is not None:
         total = sampling_offsets.shape[3]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from benchmarks.paper import cost_heads
 from benchmarks.paper.paper_count import paper_count
 from vitadapter import ViTAdapter
-from vitadapter.adapter import plain_vit_arguments
 from vitadapter.analysis import counting
 from vitadapter.backbones.plain_vit import PlainViT
+from vitadapter.config import backbone_arguments
 from vitadapter.models import create_model
 
 Size = tuple[int, int]  # height, width
@@ -111,5 +111,5 @@ def backbone_cost(
     """embed_dim and cost of a named model, or of its ViT alone."""
     with torch.device("meta"):
         model = create_model(name, task=task, **dict(options))
-        counted = _OnlyViT(**plain_vit_arguments(model.config)) if only_vit else model
+        counted = _OnlyViT(**backbone_arguments(model.config, PlainViT)) if only_vit else model
     return model.embed_dim, count(counted, images(image_size))

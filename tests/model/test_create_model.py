@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import vitadapter
+from vitadapter import registry
+from vitadapter.adapter import BEiTAdapter
 from vitadapter.config import ModelConfig
 
 SIZES = ("tiny", "small", "base", "large")
@@ -247,3 +249,11 @@ def test_an_integer_is_a_number(build, name):
 def test_values_that_make_no_model_are_refused(build, overrides, message):
     with pytest.raises(ValueError, match=message):
         build(**overrides)
+
+
+def test_a_family_is_registered_once_with_the_adapter_and_without():
+    assert registry.families() == ["plain_vit", "beit", "uniperceiver"]
+    assert registry.builder_of("beit", adapter=True) is BEiTAdapter
+    assert registry.builder_of("uniperceiver", adapter=False) is None
+    with pytest.raises(ValueError, match="one that nothing builds yet, got 'beit'"):
+        registry.builds("beit", adapter=True)(BEiTAdapter)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitadapter_ops.linear import is_plain_tensor, is_untouched, linear, project
 
 from ..images import of_traced_size
-from ..layers.drop_path import DropPath
+from ..layers.drop_path import DropPath, drop_path_rates
 from .plain_vit import LAYER_NORM_EPS, Mlp, PatchEmbed
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
@@ -174,9 +174,9 @@ class BEiT(nn.Module):
                 embed_dim,
                 Attention(embed_dim, num_heads, side, windowed=window_sizes is not None),
                 mlp_ratio,
-                drop_path_rate * index / max(depth - 1, 1),
+                rate,
             )
-            for index, side in enumerate(sides)
+            for side, rate in zip(sides, drop_path_rates(drop_path_rate, depth), strict=True)
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

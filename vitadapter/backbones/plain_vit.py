@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitadapter_ops.linear import project
 
-from ..layers.drop_path import DropPath
+from ..layers.drop_path import DropPath, drop_path_rates
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
 
@@ -168,11 +168,11 @@ class PlainViT(nn.Module):
                 embed_dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
-                drop_path=drop_path_rate * index / max(depth - 1, 1),
+                drop_path=rate,
                 layer_scale=layer_scale,
                 window_size=None if index in global_blocks else window_size,
             )
-            for index in range(depth)
+            for index, rate in enumerate(drop_path_rates(drop_path_rate, depth))
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitadapter_ops.linear import project
 
-from ..layers.drop_path import DropPath
+from ..layers.drop_path import DropPath, drop_path_rates
 from .plain_vit import resize_grid
 from .protocol import Grid, Step
 from .windows import SelfAttention, attend, in_windows
@@ -164,10 +164,10 @@ class UniPerceiver(nn.Module):
                 embed_dim,
                 num_heads,
                 mlp_ratio,
-                drop_path_rate * index / max(depth - 1, 1),
+                rate,
                 None if index in global_blocks else window_size,
             )
-            for index in range(depth)
+            for index, rate in enumerate(drop_path_rates(drop_path_rate, depth))
         )
 
     def start(self, images: Tensor) -> tuple[Tensor, Grid, Sequence[Step]]:

@@ -28,3 +28,8 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The constructor's argument."""
         return f"rate={self.rate}"
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rate of each block: none for the first, `last` for the last, linear between."""
+    return [last * index / max(depth - 1, 1) for index in range(depth)]

@@ -32,8 +32,6 @@ value_names = renamed(
     spatial_shapes="value_spatial_shapes", level_start_index="value_level_start_index"
 )
 
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-
 
 def sample(
     value: Tensor,
@@ -69,7 +67,7 @@ def widened(value: Tensor, tensor: Tensor) -> Tensor:
     What is no tensor is left to the operator's checks.
     """
     given = isinstance(tensor, Tensor) and isinstance(value, Tensor)
-    if given and tensor.dtype in _SIXTEEN_BITS and tensor.dtype != value.dtype:
+    if given and tensor.dtype in _checks.SIXTEEN_BITS and tensor.dtype != value.dtype:
         return tensor.to(compute_dtype(value.dtype))
     return tensor
 

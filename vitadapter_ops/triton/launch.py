@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from .. import _checks
+from .._call_cache import CallCache
 from ..reference import compute_dtype
 from . import kernels, tuning
 
@@ -392,8 +393,7 @@ def _run(
 
 
 # Of the forward: a call whose tensors lie as those of an earlier one goes straight to its launch.
-_known: dict[Any, tuple[Callable[..., None], int, tuple[Any, ...]]] = {}
-_MOST_KNOWN = 4096
+_known: CallCache[tuple[Callable[..., None], int, tuple[Any, ...]]] = CallCache()
 
 
 def _key(tensors: Sequence[Tensor | None], *others: Any) -> tuple[Any, ...] | None:
@@ -415,8 +415,6 @@ def _remember(
     launched: tuple[Callable[..., None], int, tuple[Any, ...]] | None,
 ) -> None:
     if key is not None and launched is not None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
         _known[key] = launched
 
 
