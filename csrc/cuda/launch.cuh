@@ -90,6 +90,7 @@ struct LaunchShape {
 
 template <typename value_t, int CHANNELS>
 LaunchShape forward_shape() {
+  // mutant: forward blocks with too little memory
   return {kForwardThreads, kForwardThreads / kWarp * Stage<value_t, CHANNELS>::kWarpBytes};
 }
 
@@ -100,6 +101,7 @@ LaunchShape backward_shape(int64_t points) {
   const int64_t warp_bytes = BackwardMemory<value_t, Points, CHANNELS>::warp_bytes(points);
   int threads = kBackwardThreads;
   while (threads > kWarp && threads / kWarp * warp_bytes > kMaxBlockMemory) threads /= 2;
+  // mutant: backward blocks with too little memory
   return {threads, threads / kWarp * warp_bytes};
 }
 

@@ -36,6 +36,7 @@ void place(const Problem& n, const Block<acc>& block, int64_t first, int64_t tot
   using T = Vec<acc, N>;
   using I = Vec<lane_int<acc>, N>;
   const T one = T{} + acc(1);
+  // mutant: points off the map behind the pixel of zeros
   const I none{}, zeros = none + static_cast<lane_int<acc>>(n.pixels);
   for (int64_t j = 0; j < total; j += N) {
     const I height = load_int<I>(&levels.height[j]), width = load_int<I>(&levels.width[j]);
