@@ -53,11 +53,10 @@ def runtimes() -> list[str]:
     return paths
 
 
-def copy_source(folder: Path, every_isa: bool, every_pair: bool = True) -> Path:
+def copy_source(folder: Path, every_isa: bool) -> Path:
     """The package without prebuilt libraries; returns the folder of its kernels' source.
 
-    The kernels of one instruction set compile in a third of the time, those without fp64 and bf16
-    in half of it.
+    The kernels of one instruction set compile in a third of the time.
     """
     package = folder / "vitadapter_ops"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "csrc")
@@ -66,9 +65,6 @@ def copy_source(folder: Path, every_isa: bool, every_pair: bool = True) -> Path:
     if not every_isa:
         for path in (package / "csrc" / "cpu").glob("*.*"):
             path.write_text(path.read_text().replace("defined(__x86_64__)", "0"))
-    if not every_pair:
-        path = package / "csrc" / "dtypes.h"
-        path.write_text(re.sub(r"X\((fp64|bf16)\w*,.*?\)", "", path.read_text()))
     return package / "csrc"
 
 
@@ -100,7 +96,7 @@ def site(tmp_path_factory) -> Path:
     runtimes()
 
     def build(folder: Path) -> None:
-        copy_source(folder, every_isa=EVERYTHING, every_pair=EVERYTHING)
+        copy_source(folder, every_isa=EVERYTHING)
         compile_package(folder, FLAGS)
 
     return once(tmp_path_factory, "sanitized", build)
@@ -108,14 +104,14 @@ def site(tmp_path_factory) -> Path:
 
 # Left out: what is slow here, and in it nothing of the kernels that other tests do not have.
 ONLY = f"{children.CPU_TESTS_ONLY} and not other_python_threads and not 1000"
-if not EVERYTHING:
-    ONLY += " and not fp64 and not bf16 and not run_to_run"
+FEWER = f"{ONLY} and not fp64 and not bf16 and not run_to_run"
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_kernels_are_clean(site, isa):
     children.require_isa(isa)
-    done = children.pytest_on_cpu_kernels(ONLY, site, VITADAPTER_CPU_ISA=isa, **environment(site))
+    only = ONLY if EVERYTHING else FEWER
+    done = children.pytest_on_cpu_kernels(only, site, VITADAPTER_CPU_ISA=isa, **environment(site))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     assert "passed" in done.stdout
 
@@ -190,7 +186,7 @@ def build_mutants(folder: Path) -> None:
 
 @pytest.mark.skipif(not EVERYTHING, reason="compiles for minutes: make sanitize")
 def test_kernels_that_make_no_mistake_are_clean(mutant_site):
-    done = children.pytest_on_cpu_kernels(ONLY, mutant_site, **environment(mutant_site))
+    done = children.pytest_on_cpu_kernels(FEWER, mutant_site, **environment(mutant_site))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
@@ -198,6 +194,6 @@ def test_kernels_that_make_no_mistake_are_clean(mutant_site):
 @pytest.mark.parametrize("name", mutants.SANITIZED)
 def test_a_mistake_in_the_kernels_is_caught(mutant_site, name):
     told = {mutants.CHOICE: name, **environment(mutant_site)}
-    done = children.pytest_on_cpu_kernels(ONLY, mutant_site, **told)
+    done = children.pytest_on_cpu_kernels(FEWER, mutant_site, **told)
     assert done.returncode != 0
     assert REPORTS[name] in done.stderr, done.stdout[-4000:] + done.stderr[-4000:]
