@@ -54,27 +54,6 @@ inline std::string device_text(int32_t type, int32_t index) {
   return name + ":" + std::to_string(index);
 }
 
-// A few dtypes, each once, in the order in which they were added.
-class Dtypes {
- public:
-  Dtypes() = default;
-  Dtypes(std::initializer_list<ScalarType> dtypes) {
-    for (const ScalarType dtype : dtypes) add(dtype);
-  }
-  void add(ScalarType dtype) {
-    if (!contains(dtype) && size_ < kMost) dtypes_[size_++] = dtype;
-  }
-  bool contains(ScalarType dtype) const { return std::find(begin(), end(), dtype) != end(); }
-  size_t size() const { return size_; }
-  const ScalarType* begin() const { return dtypes_; }
-  const ScalarType* end() const { return dtypes_ + size_; }
-
- private:
-  static constexpr size_t kMost = 16;  // more than any argument may have
-  ScalarType dtypes_[kMost];
-  size_t size_ = 0;
-};
-
 // A size that the checks leave to the caller.
 constexpr int64_t kAnySize = -1;
 
@@ -119,12 +98,17 @@ class Argument {
            "), got ", sizes());
     }
   }
-  // ... unless its dtype is one of those; `why` follows them in the text.
-  void expect_dtype(const Dtypes& expected, const char* why = "") const {
-    if (expected.contains(dtype_)) return;
-    std::string names;
+  // ... unless its dtype is one of those; `why` follows them in the text. They may repeat, and
+  // ScalarType::Undefined is none.
+  void expect_dtype(std::initializer_list<ScalarType> expected, const char* why = "") const {
     for (const ScalarType dtype : expected) {
-      names += (names.empty() ? "" : ", ") + dtype_text(dtype);
+      if (dtype_ == dtype) return;
+    }
+    std::string names;
+    for (auto dtype = expected.begin(); dtype != expected.end(); ++dtype) {
+      if (*dtype == ScalarType::Undefined) continue;
+      if (std::find(expected.begin(), dtype, *dtype) != dtype) continue;
+      names += (names.empty() ? "" : ", ") + dtype_text(*dtype);
     }
     fail(name_, ": expected dtype ", names, why, ", got ", dtype_text(dtype_));
   }

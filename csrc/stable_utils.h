@@ -27,11 +27,9 @@ template <typename Device>
 Argument value_argument(const Tensor& tensor) {
   const Argument value("value", tensor, Device::type());
   value.expect_rank(4, "[B, S, M, D]");
-  Dtypes known;
-#define VITADAPTER_VALUE(name, value_t, point_t, value, points) known.add(ScalarType::value);
-  VITADAPTER_DTYPE_PAIRS(VITADAPTER_VALUE)
+#define VITADAPTER_VALUE(name, value_t, point_t, value, points) ScalarType::value,
+  value.expect_dtype({VITADAPTER_DTYPE_PAIRS(VITADAPTER_VALUE)});
 #undef VITADAPTER_VALUE
-  value.expect_dtype(known);
   return value;
 }
 
@@ -83,14 +81,13 @@ inline Problem make_problem(const Argument& value, const std::vector<int64_t>& s
 }
 
 // Points have the dtype of value, or fp32 beside a 16-bit value.
-inline void expect_points_dtype(const Argument& argument, const Argument& value_argument) {
-  Dtypes known;
+inline void expect_points_dtype(const Argument& argument, const Argument& beside) {
+  const bool wide = beside.dtype() == compute_dtype(beside);
 #define VITADAPTER_POINTS(name, value_t, point_t, value, points) \
-  if (value_argument.dtype() == ScalarType::value) known.add(ScalarType::points);
-  VITADAPTER_DTYPE_PAIRS(VITADAPTER_POINTS)
+  beside.dtype() == ScalarType::value ? ScalarType::points : ScalarType::Undefined,
+  argument.expect_dtype({VITADAPTER_DTYPE_PAIRS(VITADAPTER_POINTS)},
+                        wide ? " (from value)" : " (that of value, or float32)");
 #undef VITADAPTER_POINTS
-  argument.expect_dtype(known,
-                        known.size() == 1 ? " (from value)" : " (that of value, or float32)");
 }
 
 inline Problem located_problem(const Argument& value, const std::vector<int64_t>& spatial_shapes,
