@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -97,14 +98,17 @@ class Argument {
            "), got ", sizes());
     }
   }
-  // ... unless its dtype is one of those; `why` follows them in the text.
+  // ... unless its dtype is one of those; `why` follows them in the text. They may repeat, and
+  // ScalarType::Undefined is none.
   void expect_dtype(std::initializer_list<ScalarType> expected, const char* why = "") const {
     for (const ScalarType dtype : expected) {
       if (dtype_ == dtype) return;
     }
     std::string names;
-    for (const ScalarType dtype : expected) {
-      names += (names.empty() ? "" : ", ") + dtype_text(dtype);
+    for (auto dtype = expected.begin(); dtype != expected.end(); ++dtype) {
+      if (*dtype == ScalarType::Undefined) continue;
+      if (std::find(expected.begin(), dtype, *dtype) != dtype) continue;
+      names += (names.empty() ? "" : ", ") + dtype_text(*dtype);
     }
     fail(name_, ": expected dtype ", names, why, ", got ", dtype_text(dtype_));
   }

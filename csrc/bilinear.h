@@ -105,8 +105,10 @@ VITADAPTER_HD void place_on_axis(const T& x, const I& size, I index[2], T weight
   const T fraction = x - convert<T>(low);
   // Sizes above 2^24 round in fp32, so that low may reach size: hence both bounds for both.
   const auto low_in = (low >= zero) & (low < size);
+  // mutant: corner off by one
   const auto high_in = high < size;
   index[0] = low < zero ? zero : (low < size ? low : size - one);
+  // mutant: column beyond the map
   index[1] = high_in ? high : size - one;
   derivative[0] = low_in ? -unit : nothing;
   derivative[1] = high_in ? unit : nothing;

@@ -16,6 +16,7 @@
 
 #include "allocation.h"
 #include "arguments.h"
+#include "dtypes.h"
 #include "params.h"
 #include "storage.h"
 
@@ -26,8 +27,9 @@ template <typename Device>
 Argument value_argument(const Tensor& tensor) {
   const Argument value("value", tensor, Device::type());
   value.expect_rank(4, "[B, S, M, D]");
-  value.expect_dtype(
-      {ScalarType::Double, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+#define VITADAPTER_VALUE(name, value_t, point_t, value, points) ScalarType::value,
+  value.expect_dtype({VITADAPTER_DTYPE_PAIRS(VITADAPTER_VALUE)});
+#undef VITADAPTER_VALUE
   return value;
 }
 
@@ -79,12 +81,13 @@ inline Problem make_problem(const Argument& value, const std::vector<int64_t>& s
 }
 
 // Points have the dtype of value, or fp32 beside a 16-bit value.
-inline void expect_points_dtype(const Argument& points, const Argument& value) {
-  if (value.dtype() == compute_dtype(value)) {
-    points.expect_dtype({value.dtype()}, " (from value)");
-  } else {
-    points.expect_dtype({value.dtype(), ScalarType::Float}, " (that of value, or float32)");
-  }
+inline void expect_points_dtype(const Argument& argument, const Argument& beside) {
+  const bool wide = beside.dtype() == compute_dtype(beside);
+#define VITADAPTER_POINTS(name, value_t, point_t, value, points) \
+  beside.dtype() == ScalarType::value ? ScalarType::points : ScalarType::Undefined,
+  argument.expect_dtype({VITADAPTER_DTYPE_PAIRS(VITADAPTER_POINTS)},
+                        wide ? " (from value)" : " (that of value, or float32)");
+#undef VITADAPTER_POINTS
 }
 
 inline Problem located_problem(const Argument& value, const std::vector<int64_t>& spatial_shapes,
@@ -165,23 +168,18 @@ T* mutable_ptr(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-template <typename value_type, typename loc_type>
-struct Types {
-  using value_t = value_type;
-  using loc_t = loc_type;
-};
-
-// Calls launch(Types<value_t, loc_t>{}) for a pair of dtypes that passed the checks.
+// Calls launch(DtypePair<value_t, point_t>{}) for value and points of these dtypes, which the
+// checks have let through.
 template <typename Launch>
-void dispatch_dtypes(ScalarType value, ScalarType loc, const Launch& launch) {
-  if (value == ScalarType::Double) return launch(Types<double, double>{});
-  if (value == ScalarType::Float) return launch(Types<float, float>{});
-  if (value == ScalarType::Half) {
-    if (loc == value) return launch(Types<float16, float16>{});
-    return launch(Types<float16, float>{});
+void dispatch_dtypes(ScalarType value_dtype, ScalarType points_dtype, const Launch& launch) {
+#define VITADAPTER_LAUNCH(name, value_t, point_t, value, points)                \
+  if (value_dtype == ScalarType::value && points_dtype == ScalarType::points) { \
+    return launch(dtypes::name{});                                              \
   }
-  if (loc == value) return launch(Types<bfloat16, bfloat16>{});
-  return launch(Types<bfloat16, float>{});
+  VITADAPTER_DTYPE_PAIRS(VITADAPTER_LAUNCH)
+#undef VITADAPTER_LAUNCH
+  fail("value: expected a pair of dtypes that has kernels, got ", dtype_text(value_dtype),
+       " with points in ", dtype_text(points_dtype));
 }
 
 // A tensor with a stride over B and Q, contiguous beyond: as it is where it is so.
@@ -296,7 +294,7 @@ Tensor launch_forward(const Tensor& value_in, const std::vector<int64_t>& spatia
   if (out.numel() == 0) return out;
   dispatch_dtypes(value.scalar_type(), locations.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
-    using point_t = typename decltype(types)::loc_t;
+    using point_t = typename decltype(types)::point_t;
     Device::forward(ForwardParams<value_t, Located<point_t>>{
         problem,
         const_ptr<value_t>(value),
@@ -334,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> launch_backward(
   if (work) {
     dispatch_dtypes(value.scalar_type(), locations.scalar_type(), [&](auto types) {
       using value_t = typename decltype(types)::value_t;
-      using point_t = typename decltype(types)::loc_t;
+      using point_t = typename decltype(types)::point_t;
       using grad_t = typename Device::template grad_t<value_t>;
       Device::backward(
           BackwardParams<value_t, Located<point_t>, grad_t>{
@@ -373,7 +371,7 @@ std::tuple<Tensor, Tensor> launch_forward_from_offsets(
   if (out.numel() == 0) return {out, weights};
   dispatch_dtypes(value.scalar_type(), points.offsets.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
-    using point_t = typename decltype(types)::loc_t;
+    using point_t = typename decltype(types)::point_t;
     Device::forward(ForwardParams<value_t, Offsets<point_t>>{
         problem, const_ptr<value_t>(value), value_strides(value), points.mask_ptr(),
         points.points<point_t>(), mutable_ptr<value_t>(out),
@@ -430,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch_backward_from_offsets(
                               "the gradient of reference_points");
   dispatch_dtypes(value.scalar_type(), points.offsets.scalar_type(), [&](auto types) {
     using value_t = typename decltype(types)::value_t;
-    using point_t = typename decltype(types)::loc_t;
+    using point_t = typename decltype(types)::point_t;
     using grad_t = typename Device::template grad_t<value_t>;
     Device::backward(
         BackwardParams<value_t, Offsets<point_t>, grad_t>{

@@ -89,13 +89,24 @@ VITADAPTER_HD double to_acc(double v) { return v; }
 VITADAPTER_HD void from_acc(float v, float& out) { out = v; }
 VITADAPTER_HD void from_acc(double v, double& out) { out = v; }
 
+// Of no other type: what is stored in another way does not compile.
 template <typename T>
-struct Accumulator {
-  using type = float;
-};
+struct Accumulator;
 template <>
 struct Accumulator<double> {
   using type = double;
+};
+template <>
+struct Accumulator<float> {
+  using type = float;
+};
+template <>
+struct Accumulator<float16> {
+  using type = float;
+};
+template <>
+struct Accumulator<bfloat16> {
+  using type = float;
 };
 template <typename T>
 using acc_t = typename Accumulator<T>::type;

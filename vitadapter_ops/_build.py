@@ -11,8 +11,8 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-# Of value, and of its points where that differs; float64 has few kernels and so a unit of its own.
-_DTYPES = ("float32", "float16", "bfloat16", "float16_float32", "bfloat16_float32")
+# The pairs of csrc/dtypes.h; fp64 has few kernels, and so one unit.
+_PAIRS = ("fp32", "fp16", "bf16", "fp16_points_fp32", "bf16_points_fp32")
 
 SOURCES: dict[str, list[str]] = {
     "cpu": [
@@ -25,9 +25,9 @@ SOURCES: dict[str, list[str]] = {
     # In the order in which a build starts them: what takes longest first. The last one has torch's
     # headers and no kernel, the others are units of kernels (csrc/cuda/launchers.h).
     "cuda": [
-        *(f"cuda/backward_{dtypes}.cu" for dtypes in _DTYPES),
-        *(f"cuda/forward_{dtypes}.cu" for dtypes in _DTYPES),
-        "cuda/float64.cu",
+        *(f"cuda/backward_{pair}.cu" for pair in _PAIRS),
+        *(f"cuda/forward_{pair}.cu" for pair in _PAIRS),
+        "cuda/fp64.cu",
         "cuda/ms_deform_attn.cpp",
     ],
 }

@@ -2,8 +2,8 @@
 // The CPU kernels as the launcher sees them: one table of functions per instruction set.
 #pragma once
 
+#include "../dtypes.h"
 #include "../params.h"
-#include "../storage.h"
 
 namespace vitadapter::cpu {
 
@@ -103,19 +103,11 @@ struct KernelsOf {
 
 struct KernelTable {
   const char* isa;
-  KernelsOf<double, double> f64;
-  KernelsOf<float, float> f32;
-  KernelsOf<float16, float16> f16;
-  KernelsOf<bfloat16, bfloat16> bf16;
-  KernelsOf<float16, float> f16_f32;
-  KernelsOf<bfloat16, float> bf16_f32;
-
-  const auto& pair(const double*, const double*) const { return f64; }
-  const auto& pair(const float*, const float*) const { return f32; }
-  const auto& pair(const float16*, const float16*) const { return f16; }
-  const auto& pair(const bfloat16*, const bfloat16*) const { return bf16; }
-  const auto& pair(const float16*, const float*) const { return f16_f32; }
-  const auto& pair(const bfloat16*, const float*) const { return bf16_f32; }
+#define VITADAPTER_MEMBER(name, value_t, point_t, value, points) \
+  KernelsOf<value_t, point_t> name;                              \
+  const auto& pair(const value_t*, const point_t*) const { return name; }
+  VITADAPTER_DTYPE_PAIRS(VITADAPTER_MEMBER)
+#undef VITADAPTER_MEMBER
 
   template <typename value_t, typename Points>
   const Kernels<value_t, Points>& get() const {

@@ -13,6 +13,7 @@ using Vec = typename VectorOf<T, N>::type;
 template <typename T, int N>
 VITADAPTER_HD Vec<T, N> load_bits(const void* p) {
   Vec<T, N> v;
+  // mutant: vectors that must be aligned
   std::memcpy(&v, p, sizeof(v));
   return v;
 }

@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
   unsigned char* memory =
       block_memory() + warp * BackwardMemory<value_t, Points, CHANNELS>::warp_bytes(n.points);
   const auto samples = stage::of_row(memory, lane);
+  // mutant: one row's memory for all
   acc* numbers =
       reinterpret_cast<acc*>(memory + stage::kWarpBytes) + lane / group::kLanes * n.points;
   const int64_t rows = n.rows();
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * warps * group::kRows;
   for (int64_t r0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * group::kRows; r0 < rows;
        r0 += stride) {
+    // mutant: a lane that leaves early
     const auto [exists, index, points, mask] = GroupRow<group>(n, p.plan, p.mask, r0, lane);
     const Row<Points, group> row(n, p.points, index, points, lane);
     RowGradients<Points, group> gradients(n, p.points, p.grads, index, points, lane, numbers);
@@ -184,6 +186,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<value_t>)
           const acc of_corner = group_sum_of_four<group::kLanes>(s, lane);
           __syncwarp();
           if (i < count && lane % group::kLanes < 4) {
+            // mutant: dot products in the place of weights that are still read
             samples[i].weight[lane % group::kLanes] = of_corner;
           }
         }

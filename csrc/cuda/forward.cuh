@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<CHANNELS>)
             if (k < points) from_acc(placed[j].attention, weights[k]);
           }
         }
+        // mutant: samples read before they are written
         __syncwarp();
         if (has_channels) {
           int i = 0;

@@ -2,37 +2,30 @@
 // Which kernel serves a problem, and how it is launched. No torch header.
 #pragma once
 
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
+#include "../head_dims.h"
 #include "backward.cuh"
 #include "forward.cuh"
 
 namespace vitadapter::cuda {
 
+template <typename Run, size_t... i>
+bool dispatch_channels(int64_t channels, const Run& run, std::index_sequence<i...>) {
+  return ((channels == kHeadDims[i] && run(std::integral_constant<int, kHeadDims[i]>{})) || ...);
+}
+
 // Returns run(std::integral_constant<int, D>{}) if there are kernels for D = channels, otherwise
-// false. These are the head widths of published models: 12, 24, 40 and 128 are those of DINOv3's
-// adapters.
+// false. fp64 has none of its own for any D.
 template <typename value_t, typename Run>
 bool dispatch_channels(int64_t channels, const Run& run) {
-  if constexpr (sizeof(value_t) <= 4) {
-    switch (channels) {
-      case 12:
-        return run(std::integral_constant<int, 12>{});
-      case 16:
-        return run(std::integral_constant<int, 16>{});
-      case 24:
-        return run(std::integral_constant<int, 24>{});
-      case 32:
-        return run(std::integral_constant<int, 32>{});
-      case 40:
-        return run(std::integral_constant<int, 40>{});
-      case 64:
-        return run(std::integral_constant<int, 64>{});
-      case 128:
-        return run(std::integral_constant<int, 128>{});
-    }
+  if constexpr (std::is_same<acc_t<value_t>, float>::value) {
+    return dispatch_channels(channels, run, std::make_index_sequence<std::size(kHeadDims)>{});
+  } else {
+    return false;
   }
-  return false;
 }
 
 inline bool aligned(const void* pointer, size_t bytes) {
@@ -97,6 +90,7 @@ struct LaunchShape {
 
 template <typename value_t, int CHANNELS>
 LaunchShape forward_shape() {
+  // mutant: forward blocks with too little memory
   return {kForwardThreads, kForwardThreads / kWarp * Stage<value_t, CHANNELS>::kWarpBytes};
 }
 
@@ -107,6 +101,7 @@ LaunchShape backward_shape(int64_t points) {
   const int64_t warp_bytes = BackwardMemory<value_t, Points, CHANNELS>::warp_bytes(points);
   int threads = kBackwardThreads;
   while (threads > kWarp && threads / kWarp * warp_bytes > kMaxBlockMemory) threads /= 2;
+  // mutant: backward blocks with too little memory
   return {threads, threads / kWarp * warp_bytes};
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../dtypes.h"
 #include "../fail.h"
 #include "launch.cuh"
 #include "launchers.h"
@@ -23,7 +24,7 @@ void launch(void (*kernel)(Params), int64_t total, const LaunchShape& shape, con
 // A thread reads some of what the fixed-point kernels pass over.
 constexpr int64_t kElementsPerThread = 16;
 
-// Launches the kernel that all dtypes share; defined in float64.cu, the smallest unit.
+// Launches the kernel that all dtypes share; defined in fp64.cu, the smallest unit.
 void finish(const FinishArguments<float>& p);
 
 struct Launchers {
@@ -47,8 +48,8 @@ struct Launchers {
     if (fixed) {
       if (sizeof(value_t) == 8) {
         fail(
-            "value: expected dtype float32, float16, bfloat16 for the deterministic CUDA backward, "
-            "got float64");
+            "value: expected a dtype that is summed in float32 for the deterministic CUDA "
+            "backward, got float64");
       }
       p.fixed.sums = static_cast<unsigned long long*>(zeros(
           elements * sizeof(*p.fixed.sums), "the integer sums of the deterministic backward"));
@@ -88,12 +89,17 @@ void backward(const BackwardParams<value_t, Points, acc_t<value_t>>& params, boo
 
 }  // namespace vitadapter::cuda
 
-// Of one pair of dtypes, for a unit to instantiate.
-#define VITADAPTER_FORWARD(value_t, point_t)                              \
-  template void forward(const ForwardParams<value_t, Located<point_t>>&); \
-  template void forward(const ForwardParams<value_t, Offsets<point_t>>&)
-#define VITADAPTER_BACKWARD(value_t, point_t)                                                    \
-  template void backward(const BackwardParams<value_t, Located<point_t>, acc_t<value_t>>&, bool, \
-                         const Zeros&);                                                          \
-  template void backward(const BackwardParams<value_t, Offsets<point_t>, acc_t<value_t>>&, bool, \
-                         const Zeros&)
+// Of one pair of dtypes (dtypes.h), for a unit to instantiate.
+#define VITADAPTER_FORWARD(pair)                                                    \
+  template void forward(                                                            \
+      const ForwardParams<dtypes::pair::value_t, Located<dtypes::pair::point_t>>&); \
+  template void forward(const ForwardParams<dtypes::pair::value_t, Offsets<dtypes::pair::point_t>>&)
+#define VITADAPTER_BACKWARD(pair)                                                 \
+  template void backward(                                                         \
+      const BackwardParams<dtypes::pair::value_t, Located<dtypes::pair::point_t>, \
+                           acc_t<dtypes::pair::value_t>>&,                        \
+      bool, const Zeros&);                                                        \
+  template void backward(                                                         \
+      const BackwardParams<dtypes::pair::value_t, Offsets<dtypes::pair::point_t>, \
+                           acc_t<dtypes::pair::value_t>>&,                        \
+      bool, const Zeros&)

@@ -142,6 +142,7 @@ struct Row<Offsets<point_t>, Group> {
     return {x.base + at.x * x.step, y.base + at.y * y.step, attention(at.weight)};
   }
   __device__ __forceinline__ acc attention(acc logit) const {
+    // mutant: softmax without its sum
     return exponential(logit - most_) * scale_;
   }
   __device__ __forceinline__ acc weight(int k) const { return attention(to_acc(logits_[k])); }
@@ -234,6 +235,7 @@ struct Stage {
         const auto f = footprint(at.x, at.y, level.height, level.width);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          // mutant: gradient without the attention weight
           s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];
           s.pixel[i] = static_cast<index_t>(level.pixel(f.row[i / 2], f.column[i % 2]));
         }
@@ -246,6 +248,7 @@ struct Stage {
         at.slot = count + __popc(on & ((1u << lane % group::kLanes) - 1u));
         samples[at.slot] = s;
       }
+      // mutant: points that take the place of earlier ones
       count += __popc(on);
     }
     return count;
@@ -378,6 +381,7 @@ struct RowGradients<Offsets<point_t>, Group> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const acc sum = group_sum<kLanes>(box[i]);
+        // mutant: a reference that all lanes add to
         if (lane_ == 0 && points_ > 0 && i < p_.width) to[i] += sum;
       }
     }
@@ -386,6 +390,7 @@ struct RowGradients<Offsets<point_t>, Group> {
   // The gradient of a logit needs those of all weights of the row.
   __device__ __forceinline__ void finish(const row_t& row) {
     if (grads_.logits == nullptr) return;
+    // mutant: the mean of one lane
     const acc mean = group_sum<kLanes>(mean_);
     __syncwarp();
     for (int k = lane_; k < points_; k += kLanes) {

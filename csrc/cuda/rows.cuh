@@ -28,6 +28,7 @@ struct Divisor {
   }
   VITADAPTER_HD uint32_t quotient(uint32_t n) const {
     const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(n) * magic >> 32);
+    // mutant: a row of another image
     return (high + n) >> shift;
   }
 };
@@ -54,6 +55,7 @@ struct QueryGrid {
   VITADAPTER_HD uint32_t query(uint32_t place) const {
     const uint32_t band = by_band.quotient(place);
     const uint32_t rest = place - band * by_band.divisor;
+    // mutant: a last band as high as the others
     const uint32_t lines = band < bands ? kBand : by_lines.divisor;
     const uint32_t column = band < bands ? rest / kBand : by_lines.quotient(rest);
     return first + (band * kBand + rest - column * lines) * width + column;
@@ -165,6 +167,7 @@ struct RowIndex<uint32_t> {
     const uint32_t run = order.by_run.quotient(rest);
     rest -= run * order.by_run.divisor;
     m = run < order.runs ? rest / kRun : order.by_rest.quotient(rest);
+    // mutant: a last run as long as the others
     const uint32_t length = run < order.runs ? kRun : order.by_rest.divisor;
     q = order.query(run * kRun + rest - m * length);
     row = b * order.by_image.divisor + q * static_cast<uint32_t>(n.heads) + m;
@@ -186,6 +189,7 @@ struct GroupRow {
       : exists(first + lane / Group::kLanes < n.rows()),
         index(n, plan.order, static_cast<index_t>(exists ? first + lane / Group::kLanes : 0)),
         points(exists ? static_cast<int>(n.points) : 0),
+        // mutant: a mask of another image
         mask(masks == nullptr ? nullptr : masks + index.b * n.pixels) {}
 };
 

@@ -20,6 +20,7 @@
 namespace vitadapter::cuda {
 
 constexpr int kWarp = 32;
+// mutant: half of the warp in the mask
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // VEC consecutive channels, moved by one load or store of up to 16 bytes.
@@ -133,9 +134,11 @@ __device__ __forceinline__ T group_sum_of_four(const T s[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;
   const T a = (odd ? s[1] : s[0]) + __shfl_xor_sync(kAllLanes, odd ? s[0] : s[1], 1);
   const T b = (odd ? s[3] : s[2]) + __shfl_xor_sync(kAllLanes, odd ? s[2] : s[3], 1);
+  // mutant: a lane that finishes another corner's sum
   T sum = (high ? b : a) + __shfl_xor_sync(kAllLanes, high ? a : b, 2);
 #pragma unroll
   for (int offset = 4; offset < LANES; offset *= 2) {
+    // mutant: four sums that miss half of the group
     sum += __shfl_xor_sync(kAllLanes, sum, offset);
   }
   return sum;

@@ -7,6 +7,7 @@
 #include "emulation.h"
 // After the emulation, which stands in for the CUDA runtime.
 #include "cuda/launch.cuh"
+#include "dtypes.h"
 
 namespace {
 
@@ -148,9 +149,11 @@ int backward(const Numbers& sizes, const Numbers& levels, const Numbers& strides
 
 template <typename value_t, typename point_t>
 void define(pybind11::module_& m, const std::string& dtypes) {
+#if !defined(VITADAPTER_ONLY_BACKWARD)
   m.def(("forward_" + dtypes).c_str(), &forward<value_t, Located<point_t>>);
-  m.def(("backward_" + dtypes).c_str(), &backward<value_t, Located<point_t>>);
   m.def(("offsets_forward_" + dtypes).c_str(), &forward<value_t, Offsets<point_t>>);
+#endif
+  m.def(("backward_" + dtypes).c_str(), &backward<value_t, Located<point_t>>);
   m.def(("offsets_backward_" + dtypes).c_str(), &backward<value_t, Offsets<point_t>>);
 }
 
@@ -170,12 +173,10 @@ PYBIND11_MODULE(emulated_kernels, m) {
     const cuda::RowIndex<uint32_t> index(n, cuda::RowOrder(n), place);
     return Numbers{index.b, index.q, index.m, index.row};
   });
+#define VITADAPTER_DEFINE(name, value_t, point_t, value, points) define<value_t, point_t>(m, #name);
+#if defined(VITADAPTER_ONLY_FP32)
   define<float, float>(m, "fp32");
-#if !defined(VITADAPTER_ONLY_FP32)
-  define<double, double>(m, "fp64");
-  define<float16, float16>(m, "fp16");
-  define<bfloat16, bfloat16>(m, "bf16");
-  define<float16, float>(m, "fp16_points_fp32");
-  define<bfloat16, float>(m, "bf16_points_fp32");
+#else
+  VITADAPTER_DTYPE_PAIRS(VITADAPTER_DEFINE)
 #endif
 }

@@ -1,160 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels, run on the host by a small emulation, equal the fp64 reference.
 
-The kernels' source is compiled as it is. That the emulation can fail is tested too: changed copies
-of the source, each with one mistake, must be caught.
+The kernels' source is compiled as it is. That these checks catch mistakes: test_mutants.py.
 """
 
-import importlib.util
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
+import emulation
 import infinities
+import native
 import pytest
 import torch
+from emulation import (
+    ENCODER,
+    address,
+    check,
+    check_offsets,
+    emulate,
+    emulate_offsets,
+    errors_of_full_blocks,
+)
+from once import once
 
 from benchmarks.op import locality
 from vitadapter_ops import _extension
-from vitadapter_ops.testing import cases, gate
-from vitadapter_ops.testing.tolerances import Inaccurate
+from vitadapter_ops.testing import cases
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CXX = os.environ.get("CXX", "c++")
 CASES = cases.SMALL
-SPECIALISED = [12, 16, 24, 32, 40, 64, 128]
-# Queries are the pixels, more of them than a run has (rows.cuh), and a band is lower than others.
-ENCODER = cases.Case("encoder", ((9, 8), (4, 5)), queries=92, heads=2, channels=32)
-
-
-def build(folder, source, vectors=True, only_fp32=False):
-    """Compiles the emulated kernels from a copy of csrc and imports them."""
-    import sysconfig
-
-    import pybind11
-
-    output = folder / f"emulated_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    include = [pybind11.get_include(), sysconfig.get_path("include"), str(source)]
-    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
-    flags.append(f"-DVITADAPTER_VECTOR_REDUCTIONS={int(vectors)}")
-    flags += ["-DVITADAPTER_ONLY_FP32"] * only_fp32
-    command = [CXX, *flags, *(f"-I{path}" for path in include)]
-    command += [str(HERE / "kernels.cpp"), "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location("emulated_kernels", output)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SPECIALISED = native.head_dims()
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    if shutil.which(CXX) is None:
-        pytest.skip("needs a C++ compiler")
-    return build(tmp_path_factory.mktemp("emulation"), _extension.source_dir())
+    return built(tmp_path_factory, "emulation", "VITADAPTER_VECTOR_REDUCTIONS=1")
 
 
 @pytest.fixture(scope="module")
 def scalar_kernels(kernels, tmp_path_factory):
-    """As on architectures whose memory adds one number at a time."""
-    return build(tmp_path_factory.mktemp("emulation"), _extension.source_dir(), vectors=False)
+    """As on architectures whose memory adds one number at a time, which the backward alone does."""
+    defines = ("VITADAPTER_VECTOR_REDUCTIONS=0", "VITADAPTER_ONLY_BACKWARD")
+    backward = built(tmp_path_factory, "emulation-scalar", *defines)
+    return SimpleNamespace(**{**vars(kernels), **vars(backward)})
 
 
-def levels_of(inputs, starts, points):
-    rows = zip(inputs.spatial_shapes, starts, points, strict=True)
-    return [number for size, start, count in rows for number in (*size, start, count)]
+def built(tmp_path_factory, name, *defines):
+    if shutil.which(emulation.CXX) is None:
+        pytest.skip("needs a C++ compiler")
+    source = _extension.source_dir()
+    folder = once(tmp_path_factory, name, lambda folder: emulation.build(folder, source, *defines))
+    return emulation.load(folder)
 
 
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def grad_value_memory(value, dtype, fixed):
-    """Zeros, which the kernels add to; or anything, which the deterministic ones write over."""
-    return torch.full(value.shape, float("nan") if fixed else 0.0, dtype=dtype)
-
-
-def fixed_sums(kernels, grad_value):
-    """The integer sums of fixed_point.cuh, and their state."""
-    state = torch.zeros(kernels.state_size(grad_value.numel()), dtype=torch.int32)
-    return [torch.zeros(grad_value.shape, dtype=torch.int64), state]
-
-
-def emulate(
-    kernels, dtypes, inputs, cotangent, general=False, needs=(True, True, True), fixed=False
-):
-    """Output and gradients, as the launchers of csrc/ would compute them."""
-    value, locations, weights = inputs.tensors
-    batch, pixels, heads, channels = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    sizes = [batch, pixels, queries, heads, channels]
-    levels = levels_of(inputs, inputs.starts, [points] * len(inputs.spatial_shapes))
-    shape = [sizes, levels, list(value.stride()[:3]), []]
-    where = [address(locations), address(weights)]
-    nan = float("nan")
-    out = torch.full((batch, queries, heads * channels), nan, dtype=value.dtype)
-    rest = [address(value), 0, address(out), 0]
-    getattr(kernels, f"forward_{dtypes}")(*shape, where, rest, general)
-    compute = torch.float64 if value.dtype == torch.float64 else torch.float32
-    grads = [
-        grad_value_memory(value, compute, fixed),
-        torch.full_like(locations, nan),
-        torch.full_like(weights, nan),
-    ]
-    wanted = [address(t) if need else 0 for t, need in zip(grads, needs, strict=True)]
-    rest = [address(value), 0, address(cotangent), wanted[0]]
-    sums = fixed_sums(kernels, grads[0]) if fixed else []
-    arguments = [*shape, where, rest, wanted[1:], [t.data_ptr() for t in sums], general]
-    getattr(kernels, f"backward_{dtypes}")(*arguments)
-    grads[0] = grads[0].to(value.dtype)
-    return [out, *grads]
-
-
-def emulate_offsets(kernels, dtypes, inputs, cotangents, general=False, fixed=False):
-    """As `emulate`, for the fused operator; to what gate.OFFSET_NAMES lists."""
-    value, reference, offsets, logits = inputs.tensors
-    batch, pixels, heads, channels = value.shape
-    queries = offsets.shape[1]
-    starts = cases.first_pixels(inputs.spatial_shapes, inputs.level_start_index)
-    sizes = [batch, pixels, queries, heads, channels]
-    levels = levels_of(inputs, starts, inputs.points_per_level)
-    layout = [*offsets.stride()[:2], *logits.stride()[:2]]
-    layout += [reference.shape[0], *reference.shape[2:], queries]
-    shape = [sizes, levels, list(value.stride()[:3]), layout]
-    where = [address(t) for t in (offsets, logits, reference, inputs.offset_scale)]
-    nan, mask = float("nan"), inputs.padding_mask
-    out = torch.full((batch, queries, heads * channels), nan, dtype=value.dtype)
-    weights = torch.full_like(logits, nan)
-    rest = [address(value), address(mask), address(out), address(weights)]
-    getattr(kernels, f"offsets_forward_{dtypes}")(*shape, where, rest, general)
-    compute = reference.dtype
-    grad_value = grad_value_memory(value, compute, fixed)
-    by_head = torch.full((batch, queries, heads, *reference.shape[2:]), nan, dtype=compute)
-    grad_offsets, grad_logits = torch.full_like(offsets, nan), torch.full_like(logits, nan)
-    grads = [address(t) for t in (grad_offsets, grad_logits, by_head, cotangents[1])]
-    rest = [address(value), address(mask), address(cotangents[0]), address(grad_value)]
-    sums = fixed_sums(kernels, grad_value) if fixed else []
-    arguments = [*shape, where, rest, grads, [t.data_ptr() for t in sums], general]
-    getattr(kernels, f"offsets_backward_{dtypes}")(*arguments)
-    grad_reference = by_head.sum(2)
-    if reference.shape[0] == 1:
-        grad_reference = grad_reference.sum(0, keepdim=True)
-    return [out, weights, grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits]
-
-
-def check(kernels, case, dtypes, **how):
-    gate.check(case, dtypes, lambda *args: emulate(kernels, dtypes, *args, **how))
-
-
-def check_offsets(kernels, case, dtypes, **how):
-    gate.check_offsets(case, dtypes, lambda *args: emulate_offsets(kernels, dtypes, *args, **how))
+def test_every_pair_of_dtypes_is_emulated(kernels):
+    names = {name.removeprefix("forward_") for name in vars(kernels) if name.startswith("forward_")}
+    assert names == {*cases.DTYPES}
 
 
 # The kernels that a launch chooses, and the general one, which serves every problem.
@@ -508,193 +409,5 @@ def test_non_finite_locations_contribute_nothing(kernels, bad):
     assert out[:, 1::2].abs().sum() > 0
 
 
-MUTATIONS = {
-    "corner off by one": (
-        "bilinear.h",
-        "const auto high_in = high < size",
-        "const auto high_in = high + one < size",
-    ),
-    "half of the warp in the mask": (
-        "cuda/warp.cuh",
-        "kAllLanes = 0xffffffffu",
-        "kAllLanes = 0x0000ffffu",
-    ),
-    "four sums that miss half of the group": (
-        "cuda/warp.cuh",
-        "for (int offset = 4; offset < LANES; offset *= 2)",
-        "for (int offset = 8; offset < LANES; offset *= 2)",
-    ),
-    "a lane that finishes another corner's sum": (
-        "cuda/warp.cuh",
-        "(high ? b : a) +",
-        "(high ? a : b) +",
-    ),
-    "a lane that leaves early": (
-        "cuda/backward.cuh",
-        "= GroupRow<group>(n, p.plan, p.mask, r0, lane);",
-        "= GroupRow<group>(n, p.plan, p.mask, r0, lane);\n    if (lane == 31) return;",
-    ),
-    "dot products in the place of weights that are still read": (
-        "cuda/backward.cuh",
-        "lane % group::kLanes < 4) {",
-        "lane % group::kLanes < 4) {\n            samples[(i + 1) % count].weight[0] = 0;",
-    ),
-    "samples read before they are written": (
-        "cuda/forward.cuh",
-        "__syncwarp();\n        if (has_channels)",
-        "if (has_channels)",
-    ),
-    "gradient without the attention weight": (
-        "cuda/points.cuh",
-        "s.weight[i] = at.attention * f.wy[i / 2] * f.wx[i % 2];",
-        "s.weight[i] = f.wy[i / 2] * f.wx[i % 2];",
-    ),
-    "points that take the place of earlier ones": (
-        "cuda/points.cuh",
-        "count += __popc(on);",
-        "count = __popc(on);",
-    ),
-    "softmax without its sum": (
-        "cuda/points.cuh",
-        "exponential(logit - most_) * scale_",
-        "exponential(logit - most_)",
-    ),
-    "the mean of one lane": (
-        "cuda/points.cuh",
-        "const acc mean = group_sum<kLanes>(mean_);",
-        "const acc mean = mean_;",
-    ),
-    "a reference that all lanes add to": (
-        "cuda/points.cuh",
-        "if (lane_ == 0 && points_ > 0 && i < p_.width)",
-        "if (points_ > 0 && i < p_.width)",
-    ),
-    "a mask of another image": (
-        "cuda/rows.cuh",
-        "mask(masks == nullptr ? nullptr : masks + index.b * n.pixels)",
-        "mask(masks)",
-    ),
-    "one row's memory for all": (
-        "cuda/backward.cuh",
-        "+ lane / group::kLanes * n.points;",
-        ";",
-    ),
-    "a row of another image": (
-        "cuda/rows.cuh",
-        "return (high + n) >> shift;",
-        "return high >> shift;",
-    ),
-    "a last band as high as the others": (
-        "cuda/rows.cuh",
-        "const uint32_t lines = band < bands ? kBand : by_lines.divisor;",
-        "const uint32_t lines = kBand;",
-    ),
-    "a last run as long as the others": (
-        "cuda/rows.cuh",
-        "const uint32_t length = run < order.runs ? kRun : order.by_rest.divisor;",
-        "const uint32_t length = kRun;",
-    ),
-}
-
-
-def run_with(mistake, folder, script):
-    """Runs a script whose `kernels` are compiled from a copy of the source with a mistake."""
-    file, right, wrong = mistake
-    source = folder / "csrc"
-    shutil.copytree(_extension.source_dir(), source)
-    text = (source / file).read_text()
-    assert text.count(right) == 1
-    (source / file).write_text(text.replace(right, wrong))
-    # In a process of its own: a second module of the same name would share the first one's state.
-    prepare = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
-        "from pathlib import Path\n"
-        "import test_emulated_kernels as t\n"
-        "from vitadapter_ops.testing import cases\n"
-        "kernels = t.build(Path(sys.argv[3]), Path(sys.argv[4]), only_fp32=True)\n"
-    )
-    arguments = [str(HERE), str(ROOT), str(folder), str(source)]
-    return subprocess.run(
-        [sys.executable, "-c", prepare + script, *arguments], capture_output=True, text=True
-    )
-
-
-# Times its bound: correct sums miss theirs by less, wrong ones by far more.
-NEAR = 4
-
-
-def first_error(kernels):
-    """What some checks in fp32 say of kernels first, or None; not of an error near its bound."""
-    located = (cases.SMALL[3], cases.SMALL[7], ENCODER)
-    # With 16 channels several rows for each warp.
-    offsets = [replace(case, channels=d) for case in cases.OFFSETS[:8] for d in (case.channels, 16)]
-    checks = [(check, case) for case in located] + [(check_offsets, case) for case in offsets]
-    for one, case in checks:
-        try:
-            one(kernels, case, "fp32")
-        except Inaccurate as error:
-            if error.times > NEAR:
-                return f"{case}: {error}"
-        except (AssertionError, RuntimeError) as error:
-            return f"{case}: {error}"
-    return None
-
-
-def test_no_mistake_is_seen_where_there_is_none(kernels):
-    assert first_error(kernels) is None
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_in_the_kernels_is_caught(name, tmp_path):
-    done = run_with(MUTATIONS[name], tmp_path, "print('caught:', t.first_error(kernels))\n")
-    # What is read before it is written is NaN, and as a pixel it leads out of the process's memory,
-    # as do rows that do not exist.
-    assert done.returncode in (0, -signal.SIGSEGV, -signal.SIGABRT), done.stderr
-    assert done.returncode != 0 or "caught:" in done.stdout
-    assert "caught: None" not in done.stdout
-
-
-# 16 bytes less for each block than its warps use.
-TOO_SMALL = {
-    "forward": (
-        "cuda/launch.cuh",
-        "Stage<value_t, CHANNELS>::kWarpBytes}",
-        "Stage<value_t, CHANNELS>::kWarpBytes - 16}",
-    ),
-    "backward": ("cuda/launch.cuh", "kWarp * warp_bytes}", "kWarp * warp_bytes - 16}"),
-}
-# Rows for all warps of a block, with all points on the map.
-FULL = cases.Case("full", ((5, 7), (3, 4)), queries=13, points=40, spread=0)
-FULL_OFFSETS = cases.OffsetCase(
-    "full", FULL.shapes, (40, 40), queries=13, spread=0.1, grids=FULL.shapes
-)
-
-
-def errors_of_full_blocks(kernels):
-    """What the emulation says of each operator and kernel when blocks use all of their memory."""
-    for channels, general in ((12, 0), (16, 0), (32, 0), (64, 0), (128, 0), (20, 0), (32, 1)):
-        for case, run in ((FULL, emulate), (FULL_OFFSETS, emulate_offsets)):
-            inputs = replace(case, channels=channels).inputs().to(torch.float32)
-            cotangent = torch.randn(case.batch, case.queries, case.heads * channels)
-            if run is emulate_offsets:
-                cotangent = [cotangent, torch.randn(inputs.attention_logits.shape)]
-            try:
-                run(kernels, "fp32", inputs, cotangent, general)
-                yield None
-            except RuntimeError as error:
-                yield str(error)
-
-
 def test_full_blocks_stay_within_their_shared_memory(kernels):
     assert set(errors_of_full_blocks(kernels)) == {None}
-
-
-@pytest.mark.parametrize("direction", TOO_SMALL)
-def test_a_launch_with_too_little_shared_memory_is_caught(kernels, direction, tmp_path):
-    script = "print(*t.errors_of_full_blocks(kernels), sep='\\n')"
-    done = run_with(TOO_SMALL[direction], tmp_path, script)
-    assert done.returncode == 0, done.stderr
-    errors = done.stdout.splitlines()
-    assert len(errors) == 7 * 2
-    for error in errors:
-        assert re.fullmatch(r"a kernel wrote to byte \d+ of \d+ bytes of shared memory", error)

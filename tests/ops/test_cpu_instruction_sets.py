@@ -4,9 +4,8 @@
 import os
 import shutil
 
-import pytest
-
 import children
+import pytest
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"

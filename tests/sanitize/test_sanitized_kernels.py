@@ -15,9 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import children
+import mutants
+import pytest
+from once import once
+
 from vitadapter_ops import _extension
 
 EVERYTHING = os.environ.get("SANITIZE_EVERYTHING") == "1"
@@ -51,8 +53,8 @@ def runtimes() -> list[str]:
     return paths
 
 
-def copy_package(folder: Path, every_isa: bool) -> Path:
-    """The package without prebuilt libraries, with the sanitizers' flags after its own.
+def copy_source(folder: Path, every_isa: bool) -> Path:
+    """The package without prebuilt libraries; returns the folder of its kernels' source.
 
     The kernels of one instruction set compile in a third of the time.
     """
@@ -61,12 +63,19 @@ def copy_package(folder: Path, every_isa: bool) -> Path:
     shutil.copytree(Path(_extension.__file__).parent, package, ignore=ignore)
     shutil.copytree(_extension.source_dir(), package / "csrc")
     if not every_isa:
-        for path in (package / "csrc" / "cpu").iterdir():
+        for path in (package / "csrc" / "cpu").glob("*.*"):
             path.write_text(path.read_text().replace("defined(__x86_64__)", "0"))
-    with (package / "_build.py").open("a") as file:
+    return package / "csrc"
+
+
+def compile_package(folder: Path, flags: list[str]) -> None:
+    """Compiles the library of a copy with flags after its own."""
+    with (folder / "vitadapter_ops" / "_build.py").open("a") as file:
         # The compiler, a child of the process that needs the preloaded libraries, does not.
-        file.write(f"\nCXX_FLAGS += {FLAGS!r}\n__import__('os').environ.pop('LD_PRELOAD', None)\n")
-    return folder
+        file.write(f"\nCXX_FLAGS += {flags!r}\n__import__('os').environ.pop('LD_PRELOAD', None)\n")
+    code = "import vitadapter_ops as v; print(v.explain_backend())"
+    done = children.python(["-c", code], folder, **environment(folder))
+    assert "chosen by auto (JIT library" in done.stdout, done.stdout + done.stderr[-4000:]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -85,23 +94,24 @@ def environment(folder: Path) -> dict[str, str]:
 def site(tmp_path_factory) -> Path:
     """A folder with the sanitized package, its library compiled."""
     runtimes()
-    folder = copy_package(tmp_path_factory.mktemp("sanitized"), EVERYTHING)
-    code = "import vitadapter_ops as v; print(v.explain_backend())"
-    done = children.python(["-c", code], folder, **environment(folder))
-    assert "chosen by auto (JIT library" in done.stdout, done.stdout + done.stderr[-4000:]
-    return folder
+
+    def build(folder: Path) -> None:
+        copy_source(folder, every_isa=EVERYTHING)
+        compile_package(folder, FLAGS)
+
+    return once(tmp_path_factory, "sanitized", build)
 
 
 # Left out: what is slow here, and in it nothing of the kernels that other tests do not have.
 ONLY = f"{children.CPU_TESTS_ONLY} and not other_python_threads and not 1000"
-if not EVERYTHING:
-    ONLY += " and not fp64 and not bf16 and not run_to_run"
+FEWER = f"{ONLY} and not fp64 and not bf16 and not run_to_run"
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_kernels_are_clean(site, isa):
     children.require_isa(isa)
-    done = children.pytest_on_cpu_kernels(ONLY, site, VITADAPTER_CPU_ISA=isa, **environment(site))
+    only = ONLY if EVERYTHING else FEWER
+    done = children.pytest_on_cpu_kernels(only, site, VITADAPTER_CPU_ISA=isa, **environment(site))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     assert "passed" in done.stdout
 
@@ -151,41 +161,39 @@ def test_reading_beyond_the_memory_of_an_argument_is_caught(site, isa):
     for argument, report in reports.items():
         # A vector that is only partly beyond the memory is an "unknown-crash".
         assert re.search("AddressSanitizer: (heap-buffer-overflow|unknown-crash)", report), argument
-        assert "csrc/cpu/kernels.inl" in report, argument
+        assert "csrc/cpu/kernels/" in report, argument
         assert ("forward done" in report) == (argument == "gradient")
 
 
-MUTATIONS = {
-    "column beyond the map": (
-        "bilinear.h",
-        "index[1] = high_in ? high : size - one;",
-        "index[1] = high;",
-        "AddressSanitizer: heap-buffer-overflow",
-    ),
-    "points off the map behind the pixel of zeros": (
-        "cpu/kernels.inl",
-        "none + static_cast<lane_int<acc>>(n.pixels);",
-        "none + static_cast<lane_int<acc>>(n.pixels + 1);",
-        "AddressSanitizer: heap-buffer-overflow",
-    ),
-    "vectors that must be aligned": (
-        "cpu/simd.inl",
-        "std::memcpy(&v, p, sizeof(v));",
-        "v = *static_cast<const Vec<T, N>*>(p);",
-        "runtime error: load of misaligned address",
-    ),
+# What the sanitizers say of each mistake.
+REPORTS = {
+    "column beyond the map": "AddressSanitizer: heap-buffer-overflow",
+    "points off the map behind the pixel of zeros": "AddressSanitizer: heap-buffer-overflow",
+    "vectors that must be aligned": "runtime error: load of misaligned address",
 }
 
 
+@pytest.fixture(scope="module")
+def mutant_site(tmp_path_factory) -> Path:
+    """As `site`, of one instruction set, with kernels that make a mistake when they are told to."""
+    return once(tmp_path_factory, "sanitized-mutants", build_mutants)
+
+
+def build_mutants(folder: Path) -> None:
+    prelude = mutants.plant(copy_source(folder, every_isa=False), mutants.SANITIZED)
+    compile_package(folder, [*FLAGS, "-include", str(prelude)])
+
+
 @pytest.mark.skipif(not EVERYTHING, reason="compiles for minutes: make sanitize")
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_in_the_kernels_is_caught(name, tmp_path):
-    file, right, wrong, message = MUTATIONS[name]
-    folder = copy_package(tmp_path, every_isa=False)
-    csrc = folder / "vitadapter_ops" / "csrc"
-    text = (csrc / file).read_text()
-    assert text.count(right) == 1
-    (csrc / file).write_text(text.replace(right, wrong))
-    done = children.pytest_on_cpu_kernels(ONLY, folder, **environment(folder))
+def test_kernels_that_make_no_mistake_are_clean(mutant_site):
+    done = children.pytest_on_cpu_kernels(FEWER, mutant_site, **environment(mutant_site))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="compiles for minutes: make sanitize")
+@pytest.mark.parametrize("name", mutants.SANITIZED)
+def test_a_mistake_in_the_kernels_is_caught(mutant_site, name):
+    told = {mutants.CHOICE: name, **environment(mutant_site)}
+    done = children.pytest_on_cpu_kernels(FEWER, mutant_site, **told)
     assert done.returncode != 0
-    assert message in done.stderr, done.stdout[-4000:] + done.stderr[-4000:]
+    assert REPORTS[name] in done.stderr, done.stdout[-4000:] + done.stderr[-4000:]

@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_FORWARD(float, float);
+VITADAPTER_FORWARD(fp16_points_fp32);
 
 }  // namespace vitadapter::cuda

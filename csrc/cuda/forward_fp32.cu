@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_BACKWARD(float, float);
+VITADAPTER_FORWARD(fp32);
 
 }  // namespace vitadapter::cuda

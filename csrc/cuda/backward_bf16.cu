@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_FORWARD(float16, float16);
+VITADAPTER_BACKWARD(bf16);
 
 }  // namespace vitadapter::cuda

@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_FORWARD(bfloat16, float);
+VITADAPTER_BACKWARD(fp32);
 
 }  // namespace vitadapter::cuda

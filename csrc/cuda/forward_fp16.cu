@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_BACKWARD(float16, float16);
+VITADAPTER_FORWARD(fp16);
 
 }  // namespace vitadapter::cuda

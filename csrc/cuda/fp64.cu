@@ -3,8 +3,8 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_FORWARD(double, double);
-VITADAPTER_BACKWARD(double, double);
+VITADAPTER_FORWARD(fp64);
+VITADAPTER_BACKWARD(fp64);
 
 void finish(const FinishArguments<float>& p) {
   launch(ms_deform_attn_finish_kernel<float>, p.count / kElementsPerThread + 1,

@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_BACKWARD(bfloat16, bfloat16);
+VITADAPTER_FORWARD(bf16);
 
 }  // namespace vitadapter::cuda

@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_FORWARD(bfloat16, bfloat16);
+VITADAPTER_BACKWARD(fp16);
 
 }  // namespace vitadapter::cuda

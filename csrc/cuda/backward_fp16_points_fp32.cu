@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_BACKWARD(bfloat16, float);
+VITADAPTER_BACKWARD(fp16_points_fp32);
 
 }  // namespace vitadapter::cuda

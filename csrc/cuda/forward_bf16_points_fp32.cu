@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_FORWARD(float16, float);
+VITADAPTER_FORWARD(bf16_points_fp32);
 
 }  // namespace vitadapter::cuda

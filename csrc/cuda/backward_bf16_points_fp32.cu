@@ -3,6 +3,6 @@
 
 namespace vitadapter::cuda {
 
-VITADAPTER_BACKWARD(float16, float);
+VITADAPTER_BACKWARD(bf16_points_fp32);
 
 }  // namespace vitadapter::cuda
