@@ -7,12 +7,12 @@ import os
 import shutil
 import sys
 
-import children
 import pytest
 import torch
-from optional import require_cuda
 
+import children
 import vitadapter_ops
+from optional import require_cuda
 
 # For `benchmarks`. Last, so that an installed package comes before the checkout's.
 sys.path.append(str(children.ROOT))

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 
 import pytest
+
 from once import once
 
 

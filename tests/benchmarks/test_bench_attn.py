@@ -12,14 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import PIL.Image
 import pytest
 import torch
 from matplotlib.text import Text
-from optional import require_cuda
 from rich.console import Console
 
+import children
 from benchmarks.common.memory import Peak
 from benchmarks.common.timing import OutOfMemory, Timing
 from benchmarks.models import attention as attn
@@ -27,6 +26,7 @@ from benchmarks.models import attention_chart as chart
 from benchmarks.models import attention_measure as measure
 from benchmarks.models import attention_models as models
 from benchmarks.models import attention_tables as tables
+from optional import require_cuda
 from vitadapter_ops.testing import gate
 
 BENCHMARKS = children.ROOT / "benchmarks"

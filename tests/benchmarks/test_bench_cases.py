@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 import torch
-from op_results import TINY
 
+from op_results import TINY
 from vitadapter_ops.testing import cases
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from optional import require_cuda
 from rich.console import Console
 
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.ceilings import Ceiling
 from benchmarks.op.bandwidth import NotMeasured
+from optional import require_cuda
 
 try:
     NVCC = ceilings._nvcc()

@@ -10,16 +10,16 @@ import signal
 import subprocess
 from pathlib import Path
 
-import children
 import pytest
 import torch
-from processes import children_of, is_gone, wait_until
 
+import children
 from benchmarks.common.programs import module
 from benchmarks.gpu import ceilings, check, plan
 from benchmarks.gpu.plan import Plan
 from benchmarks.models import adapter_vs_vit, attention
 from benchmarks.op import cli
+from processes import children_of, is_gone, wait_until
 from vitadapter_ops.testing import cases
 
 

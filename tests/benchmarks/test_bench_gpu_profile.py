@@ -13,15 +13,15 @@ import subprocess
 import sys
 import time
 
-import children
 import pytest
 import torch
-from processes import is_gone, wait_until
 from rich.console import Console
 
+import children
 from benchmarks.common import programs
 from benchmarks.gpu import profile, profiled
 from benchmarks.gpu.profile import METRICS, NoCounters
+from processes import is_gone, wait_until
 
 HEADER = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
 DENIED = (

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from processes import is_gone
 
 from benchmarks.common.programs import exit_on
 from benchmarks.gpu.runner import ENDING, Run, Step
+from processes import is_gone
 
 
 def step(name, code, seconds=60.0, **options):

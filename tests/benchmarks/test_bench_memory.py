@@ -6,17 +6,17 @@ from __future__ import annotations
 import signal
 import sys
 
+import pytest
+
 # The second one: a child must be able to import the functions it is handed by their module's name.
 import child_steps
-import pytest
-from optional import require_cuda
-
 from benchmarks.common.memory import (
     ChildError,
     available_bytes,
     is_out_of_memory,
     peak_in_child,
 )
+from optional import require_cuda
 
 MIB = 2**20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS as on Linux")

@@ -13,11 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import pytest
 import torch
-from op_results import TINY, line_of, rival
 
+import children
 import vitadapter_ops
 from benchmarks.common import report
 from benchmarks.common.console import wide_console
@@ -26,6 +25,7 @@ from benchmarks.common.memory import Peak
 from benchmarks.op import bandwidth, cli, implementations, measure, scaling
 from benchmarks.op.bandwidth import NotMeasured
 from benchmarks.op.traffic import PASSES
+from op_results import TINY, line_of, rival
 from vitadapter_ops.testing import cases, gate, oracles
 
 RUN = ["--device", "cpu", "--threads", "1", "--rounds", "2", "--locations", "local"]

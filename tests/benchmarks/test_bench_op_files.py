@@ -7,11 +7,11 @@ import dataclasses
 import json
 
 import pytest
-from op_results import GPU, gpu_result
 
 from benchmarks.common import report
 from benchmarks.op import cli, files
 from benchmarks.op.targets import targets_of
+from op_results import GPU, gpu_result
 
 
 def test_rows_of_a_gpu_state_all_three_times_and_shares_of_the_bandwidths(tmp_path):

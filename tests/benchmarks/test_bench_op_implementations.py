@@ -9,9 +9,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from op_results import TINY, rival
 
 from benchmarks.op.implementations import COMPILED, OURS, RIVALS
+from op_results import TINY, rival
 from vitadapter_ops.testing import cases, oracles
 
 

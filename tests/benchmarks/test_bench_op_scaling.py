@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from op_results import TINY
 
 from benchmarks.common.timing import Timing
 from benchmarks.op import scaling
+from op_results import TINY
 
 
 def test_scaling_varies_one_thing_at_a_time():

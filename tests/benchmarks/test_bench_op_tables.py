@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from op_results import GPU, MACHINE, gpu_result, judged, line_of, result, shown
-
 from benchmarks.common.console import wide_console
 from benchmarks.common.memory import Peak
 from benchmarks.common.timing import Timing
 from benchmarks.op import tables, targets
+from op_results import GPU, MACHINE, gpu_result, judged, line_of, result, shown
 
 
 def test_losses_are_named_worst_first():

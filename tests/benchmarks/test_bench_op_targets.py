@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from op_results import gpu_result, judged, line_of, result, shown
 
 from benchmarks.common.memory import Peak
 from benchmarks.op import targets
+from op_results import gpu_result, judged, line_of, result, shown
 
 
 def worst_of(text, results, **wanted):

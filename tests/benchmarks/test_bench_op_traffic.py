@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 
-import children
 import pytest
 import torch
-from op_results import MACHINE, result
 
+import children
 from benchmarks.op import bandwidth
 from benchmarks.op.bandwidth import NotMeasured
 from benchmarks.op.traffic import limit, pixels_gathered, plane_bytes, traffic
+from op_results import MACHINE, result
 from vitadapter_ops.testing import cases
 
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from optional import require_cuda
 
 from benchmarks.common.timing import LEAST_ROUNDS, Case, OutOfMemory, Timing, ratio, take_turns
+from optional import require_cuda
 
 CPU = torch.device("cpu")
 TOO_MUCH = 2**45  # 128 TiB of float32: no machine has it, every allocator refuses it

@@ -8,11 +8,13 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 import emulation
 import infinities
 import native
-import pytest
-import torch
+from benchmarks.op import locality
 from emulation import (
     ENCODER,
     address,
@@ -23,8 +25,6 @@ from emulation import (
     errors_of_full_blocks,
 )
 from once import once
-
-from benchmarks.op import locality
 from vitadapter_ops import _extension
 from vitadapter_ops.testing import cases
 

@@ -10,12 +10,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 import children
 import emulation
 import mutants
-import pytest
 from once import once
-
 from vitadapter_ops import _extension
 
 STEPS = Path(mutants.__file__).with_name("mutant_steps.py")

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import children
 import torch
 
+import children
 from vitadapter_ops.testing import cases, gate
 from vitadapter_ops.testing.tolerances import Inaccurate
 

@@ -14,8 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-import emulation
 import torch
+
+import emulation
 from mutants import CHOICE, EMULATED, TOO_SMALL
 
 

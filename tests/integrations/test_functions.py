@@ -6,9 +6,11 @@ import importlib
 import sys
 import types
 
-import drop_in_checks
 import pytest
 import torch
+from torch import nn
+
+import drop_in_checks
 from drop_in_checks import (
     BATCH,
     HEADS,
@@ -22,8 +24,6 @@ from drop_in_checks import (
     original,
     tensors,
 )
-from torch import nn
-
 from vitadapter_ops.compat import deformable_detr, functions, kernels, msda, rfdetr
 from vitadapter_ops.compat._patch import Patch, Replacement
 from vitadapter_ops.testing import oracles

@@ -7,9 +7,11 @@ mmcv is made up here, with what such code and patch_mmcv see of it, so that noth
 import sys
 import types
 
-import drop_in_checks
 import pytest
 import torch
+from torch import nn
+
+import drop_in_checks
 from drop_in_checks import (
     BATCH,
     HEADS,
@@ -22,8 +24,6 @@ from drop_in_checks import (
     original,
     tensors,
 )
-from torch import nn
-
 from vitadapter_ops.compat import mmcv
 from vitadapter_ops.testing import oracles
 

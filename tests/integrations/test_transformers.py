@@ -4,11 +4,11 @@
 import functools
 import importlib
 
-import drop_in_checks
 import pytest
 import torch
-from optional import require_integration
 
+import drop_in_checks
+from optional import require_integration
 from vitadapter_ops.compat import functions
 from vitadapter_ops.compat.kernels import MultiScaleDeformableAttention, kernel_mapping
 from vitadapter_ops.compat.transformers import MODELS, patch_transformers

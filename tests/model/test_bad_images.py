@@ -7,8 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from families import build
 
+from families import build
 from vitadapter import pad_images
 
 FAMILIES = ["plain", "beit", "uniperceiver", "baseline", "spm"]

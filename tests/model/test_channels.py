@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, build
-from optional import require_integration
 from torch import nn
 
+from families import FAMILIES, build
+from optional import require_integration
 from vitadapter import ViTAdapter
 from vitadapter.analysis.counting import count
 

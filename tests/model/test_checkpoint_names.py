@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import logging
 
-import children
 import pytest
 import torch
-from families import FAMILIES, build
 from torch import nn
-from weights import is_loaded, values
 
+import children
 import vitadapter
+from families import FAMILIES, build
 from vitadapter import ViTAdapter, load_checkpoint
+from weights import is_loaded, values
 
 
 def _behind(front, state):

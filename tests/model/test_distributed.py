@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import children
-import distributed_steps
 import pytest
 import torch
 import torch.distributed as dist
+
+import children
+import distributed_steps
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"

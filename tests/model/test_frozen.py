@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from families import FAMILIES, build
 
+from families import FAMILIES, build
 from vitadapter import create_model
 from vitadapter.layers.attention import ATTENTIONS
 from vitadapter.layers.interaction import Extractor, Injector

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from families import FAMILIES, build
 from optional import require_integration
-
 from vitadapter import ViTAdapter
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, build
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+
+from families import FAMILIES, build
 
 IMAGES = torch.randn(2, 3, 64, 64)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import build
 
+from families import build
 from vitadapter import load_checkpoint
 
 

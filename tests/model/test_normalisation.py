@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, build
-from optional import require_integration
 from torch import nn
 
 import vitadapter
+from families import FAMILIES, build
+from optional import require_integration
 from vitadapter import ViTAdapter
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -8,10 +8,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
-from optional import require_integration
 from torch import nn
 
+from families import build
+from optional import require_integration
 from vitadapter import ViTAdapter, pad_images
 from vitadapter_ops.testing.tolerances import PADDED_GRADIENT_SHARE, PADDED_SHARE
 

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from families import build
 from optional import require_integration
-
 from vitadapter import ViTAdapter, load_checkpoint, resize
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, build
 
 import vitadapter_ops.linear
+from families import FAMILIES, build
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from optional import require_integration
 
+from optional import require_integration
 from vitadapter import ViTAdapter
 
 # Convolutions of several strides embed the patches.

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, build
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from families import FAMILIES, build
 from vitadapter.layers.attention import ATTENTIONS
 
 STEP = 1e-6

@@ -4,8 +4,9 @@
 import os
 import shutil
 
-import children
 import pytest
+
+import children
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"

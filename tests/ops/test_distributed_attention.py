@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import attention_steps
-import children
 import pytest
 import torch
 import torch.distributed as dist
+
+import attention_steps
+import children
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo"

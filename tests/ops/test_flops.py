@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlopCounterMode counts the operators: the sums over corners, two FLOPs per multiply-add."""
 
-import children
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import children
 from vitadapter_ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.testing import cases
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What infinities and NaN do is the same in every backend: docs/numerics.md."""
 
-import infinities
 import pytest
 import torch
 
+import infinities
 from vitadapter_ops.testing import gate
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16

@@ -10,11 +10,11 @@ import re
 import shutil
 import subprocess
 
-import children
-import native
 import pytest
 import torch
 
+import children
+import native
 from vitadapter_ops import (
     BackendUnavailable,
     _build,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optional import require_cuda
 
 import vitadapter_ops
+from optional import require_cuda
 from vitadapter_ops.testing import cases
 
 pytestmark = pytest.mark.gpu

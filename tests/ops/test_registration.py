@@ -3,12 +3,12 @@
 
 from types import SimpleNamespace
 
-import children
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 
+import children
 from vitadapter_ops import MSDeformAttn, _ops, ms_deform_attn
 from vitadapter_ops.testing import cases, gate
 

@@ -8,10 +8,10 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-import children
 import pytest
 import torch
 
+import children
 from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.testing import cases, gate
 

@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-import build_steps
 import pytest
 import torch
 
+import build_steps
 from vitadapter_ops import _build, _build_cache, _extension, explain_backend
 
 CXX = os.environ.get("CXX", "c++")

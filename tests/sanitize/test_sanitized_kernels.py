@@ -15,11 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import children
 import mutants
-import pytest
 from once import once
-
 from vitadapter_ops import _extension
 
 EVERYTHING = os.environ.get("SANITIZE_EVERYTHING") == "1"
