@@ -14,6 +14,14 @@ from optional import require_cuda
 
 import vitadapter_ops
 
+# One of several processes of pytest-xdist, and its children: a thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+if children.INTERPRETED:
+    children.patch_triton_once_a_launch()
+
 # For `benchmarks`. Last, so that an installed package comes before the checkout's.
 sys.path.append(str(children.ROOT))
 

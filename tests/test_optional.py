@@ -2,7 +2,6 @@
 """Which missing projects are an error, and which only skip."""
 
 import pytest
-
 from optional import require_integration
 
 MISSING = "no_such_project.part"

@@ -5,11 +5,11 @@ import copy
 import functools
 import importlib
 
+import drop_in_checks
 import pytest
 import torch
-
-import drop_in_checks
 from optional import require_integration
+
 from vitadapter_ops.compat import functions, mmcv
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]

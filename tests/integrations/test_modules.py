@@ -3,10 +3,10 @@
 
 import copy
 
+import drop_in_checks
 import pytest
 import torch
 
-import drop_in_checks
 from vitadapter_ops.compat import dcnv4, deformable_detr, detrex, mmcv, rtdetr
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]

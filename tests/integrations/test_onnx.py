@@ -3,15 +3,15 @@
 
 import shutil
 
+import children
+import drop_in_checks
 import numpy as np
 import pytest
 import torch
+from optional import require_integration
 from torch import nn
 
-import children
-import drop_in_checks
 import vitadapter
-from optional import require_integration
 from vitadapter_ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.compat.onnx import PLUGIN, translation_table
 from vitadapter_ops.compat.transformers import patch_transformers

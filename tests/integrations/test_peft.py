@@ -3,9 +3,9 @@
 
 import pytest
 import torch
+from optional import require_integration
 from torch import nn
 
-from optional import require_integration
 from vitadapter_ops import MSDeformAttn
 
 LAYERS = ["sampling_offsets", "attention_weights", "value_proj", "output_proj"]

@@ -4,11 +4,11 @@
 import functools
 import importlib
 
+import drop_in_checks
 import pytest
 import torch
-
-import drop_in_checks
 from optional import require_integration
+
 from vitadapter_ops.compat import deformable_detr, rfdetr
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]

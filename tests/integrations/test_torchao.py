@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
+from optional import require_integration
 from torch import nn
 
-from optional import require_integration
 from vitadapter_ops import MSDeformAttn
 from vitadapter_ops.compat.transformers import patch_transformers
 

@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
+from optional import require_integration
 from torch import nn
 
-from optional import require_integration
 from vitadapter_ops.compat import dcnv4, deformable_detr, detrex, functions, mmcv, msda, rtdetr
 from vitadapter_ops.compat.transformers import patch_transformers
 

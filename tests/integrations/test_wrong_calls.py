@@ -11,8 +11,8 @@ import types
 
 import pytest
 import torch
-
 from optional import require_integration
+
 from vitadapter_ops.compat import dcnv4, detrex, functions, kernels, mmcv, msda, rfdetr, rtdetr
 from vitadapter_ops.compat.transformers import patch_transformers
 

@@ -3,10 +3,9 @@
 
 import re
 
+import children
 import pytest
 import torch
-
-import children
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
