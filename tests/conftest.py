@@ -26,6 +26,15 @@ if children.INTERPRETED:
 sys.path.append(str(children.ROOT))
 
 
+# Those with tests of a minute.
+_LONG = ("test_triton_interpreted", "test_mutants", "test_cuda_compiles", "test_install")
+
+
+def pytest_collection_modifyitems(items):
+    """Long ones first: at the end no process of pytest-xdist is left alone with one."""
+    items.sort(key=lambda item: not item.path.stem.startswith(_LONG))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import drop_in_checks
 import numpy as np
 import pytest
 import torch
-from optional import require_integration
+from optional import require_integration, sweep
 from torch import nn
 
 import vitadapter
@@ -162,7 +162,7 @@ def test_half_precision_is_sampled_in_single(tmp_path, capfd):
 
 
 # Below 18 torch itself writes 18 with dynamo=True, and says so.
-@pytest.mark.parametrize("opset", [16, 17, 18, 20])
+@pytest.mark.parametrize("opset", sweep([16, 17, 18, 20], "16", "20"))
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_every_opset_loads_and_outputs_have_the_names_given(dynamo, opset, tmp_path, capfd):
     model, arguments, path = Attention().eval(), attention(), tmp_path / "model.onnx"

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from optional import sweep
 
 from vitadapter_ops import ms_deform_attn
 from vitadapter_ops.testing import cases, oracles
@@ -20,7 +21,7 @@ def test_small_shapes(case, backend, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16_points_fp32"])
-@pytest.mark.parametrize("case", cases.MODEL, ids=str)
+@pytest.mark.parametrize("case", sweep(cases.MODEL, "injector-S-512", "extractor-B-512"))
 def test_vit_adapter_shapes(case, backend, dtypes):
     device, name = backend
     check_backend(case, dtypes, name, device)
