@@ -43,8 +43,13 @@ class Compiled(NamedTuple):
     objects: tuple[Path, ...]  # of the units
 
 
-# Two units of each direction are compiled in a sixth of the time of all, for one architecture.
-QUICK = ("backward_float32", "backward_bfloat16", "forward_float32", "forward_bfloat16")
+# Two units of each direction, for one architecture: a sixth of all that is compiled.
+QUICK = (
+    "backward_float32",
+    "backward_bfloat16_float32",
+    "forward_float32",
+    "forward_bfloat16_float32",
+)
 
 
 @pytest.fixture(
@@ -107,8 +112,9 @@ def main_kernels(pairs):
 def test_every_kernel_is_compiled_once(compiled):
     kernels = collections.Counter(re.findall(r"Compiling entry function '(\S+)'", compiled.report))
     assert [name for name, times in kernels.items() if times > 1] == []
-    # One kernel to measure for each pair, and one to finish.
-    assert len(kernels) >= main_kernels(compiled.pairs) + compiled.pairs + 1
+    # One kernel to measure for each pair, and in fp64's unit one to finish.
+    finish = int(compiled.pairs == 6)
+    assert len(kernels) >= main_kernels(compiled.pairs) + compiled.pairs + finish
 
 
 def test_compiles_without_warnings_spills_or_stack(compiled):
@@ -200,4 +206,4 @@ def test_machine_code_moves_sixteen_bytes_and_adds_vectors(compiled):
             assert (vectors >= 4) == (compiled.arch == "sm_90")
             # The deterministic way.
             assert re.search(r"REDG?\.E\.ADD\.64", code)
-    assert checked == 2 * 3
+    assert checked == 2 * min(compiled.pairs, 3)
