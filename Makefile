@@ -2,8 +2,8 @@
 # The commands of a fresh machine: `make bench`, `make bench-op` and `make test`. Each makes .venv if
 # needed, installs the package with what it needs, and runs the job. `make bench-rivals` adds what
 # bench-op can compare with, `make integrations` other projects that the tests then compare with.
-# `make sanitize` runs the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, of which
-# `make test` does a part.
+# `make test` leaves out the sweeps that `make test-all` adds. `make sanitize` runs the CPU kernels
+# under AddressSanitizer and UndefinedBehaviorSanitizer, of which `make test-all` does a part.
 #
 # `make gpu-check OUT=dir` needs no network and makes no .venv: it builds, checks and times with PYTHON's
 # own torch on this machine's GPU, in stages, and writes the results to dir.
@@ -32,7 +32,7 @@ LINT := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml vitadapter_ops/_build.py
 
-.PHONY: bench bench-op bench-fused bench-rivals gpu-check integrations test sanitize lint format wheel clean FORCE
+.PHONY: bench bench-op bench-fused bench-rivals gpu-check integrations test test-all sanitize lint format wheel sdist clean FORCE
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/attn.py $(ARGS)
@@ -61,8 +61,14 @@ gpu-check:
 integrations: .venv/installed
 	$(PIP) $(PROJECTS)
 
+# Over all cores; ARGS="-n 0" in one process. What is marked `exhaustive` is left to test-all.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not exhaustive" $(ARGS)
+
+test-all: .venv/installed
+	$(PYTEST) $(ARGS)
 
 sanitize: .venv/installed
 	SANITIZE_EVERYTHING=1 $(BIN)/python -m pytest tests/sanitize $(ARGS)
@@ -80,6 +86,9 @@ format: .venv/lint
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+sdist: .venv/installed
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
 
 clean:
 	rm -rf .venv build dist *.egg-info vitadapter_ops/_cpu.* vitadapter_ops/_cuda.*

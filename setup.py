@@ -14,7 +14,7 @@ import os
 import runpy
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 build = runpy.run_path("vitadapter_ops/_build.py")
 
@@ -76,4 +76,7 @@ def native_libraries() -> dict[str, Any]:
     }
 
 
-setup(**native_libraries())
+packages = find_packages(
+    include=["vitadapter", "vitadapter.*", "vitadapter_ops", "vitadapter_ops.*"]
+)
+setup(packages=[*packages, "vitadapter_ops.csrc"], **native_libraries())

@@ -14,8 +14,25 @@ import children
 import vitadapter_ops
 from optional import require_cuda
 
+# One of several processes of pytest-xdist, and its children: a thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+if children.INTERPRETED:
+    children.patch_triton_once_a_launch()
+
 # For `benchmarks`. Last, so that an installed package comes before the checkout's.
 sys.path.append(str(children.ROOT))
+
+
+# Those with tests of a minute.
+_LONG = ("test_triton_interpreted", "test_mutants", "test_cuda_compiles", "test_install")
+
+
+def pytest_collection_modifyitems(items):
+    """Long ones first: at the end no process of pytest-xdist is left alone with one."""
+    items.sort(key=lambda item: not item.path.stem.startswith(_LONG))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests may do without: packages, and a GPU."""
+"""What tests may do without: packages, a GPU, and in the quick tier most of a sweep."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +39,11 @@ def require_cuda() -> None:
         if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no GPU")
         pytest.skip("needs a GPU")
+
+
+def sweep(values: Iterable[Any], *quick: str) -> list[Any]:
+    """Parameters of a test, by their names; all but those named are `exhaustive`."""
+    named = {str(value): value for value in values}
+    assert named.keys() >= set(quick), f"none of {list(named)}: {set(quick) - named.keys()}"
+    marks = {name: () if name in quick else pytest.mark.exhaustive for name in named}
+    return [pytest.param(value, id=name, marks=marks[name]) for name, value in named.items()]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import vitadapter
 import vitadapter_ops
 from dynamic_graphs import one_dynamic_graph_serves_all, one_dynamic_graph_trains_all
+from optional import sweep
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8, "drop_path_rate": 0.0}
 MODELS = ["vit_adapter_tiny", "vitdet_tiny", "beit_adapter_base", "uniperceiver_adapter_base"]
@@ -52,7 +53,7 @@ def test_each_block_attends_by_torchs_fused_attention(name, task, monkeypatch):
     assert len(calls) == model.depth == SMALL["depth"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, "vit_adapter_tiny", "beit_adapter_base"))
 def test_one_dynamic_graph_serves_all_image_sizes(name):
     overrides = {"window_size": 4, "num_heads": 3}
     if "adapter" in name:

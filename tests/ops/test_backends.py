@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from optional import sweep
 from vitadapter_ops import ms_deform_attn
 from vitadapter_ops.testing import cases, oracles
 from vitadapter_ops.testing.gate import NAMES, check_backend, op, run
@@ -20,7 +21,7 @@ def test_small_shapes(case, backend, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16_points_fp32"])
-@pytest.mark.parametrize("case", cases.MODEL, ids=str)
+@pytest.mark.parametrize("case", sweep(cases.MODEL, "injector-S-512", "extractor-B-512"))
 def test_vit_adapter_shapes(case, backend, dtypes):
     device, name = backend
     check_backend(case, dtypes, name, device)
@@ -28,7 +29,8 @@ def test_vit_adapter_shapes(case, backend, dtypes):
 
 def test_strided_inputs_and_gradient(backend):
     device, name = backend
-    inputs = cases.SMALL[3].inputs().to(torch.float32, device)
+    case = cases.Case("strided", ((4, 6), (2, 3)), queries=3, heads=2, points=2)
+    inputs = case.inputs().to(torch.float32, device)
     value, locations, weights = inputs.tensors
     expected = ms_deform_attn(value, inputs.spatial_shapes, locations, weights, backend=name)
     head_major = value.transpose(1, 2).contiguous().transpose(1, 2)

@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optional import sweep
 from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.testing import cases, gate, oracles
 from vitadapter_ops.testing.tolerances import assert_same_definition
@@ -300,7 +301,9 @@ def test_mixed_precisions_are_widened(backend):
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-@pytest.mark.parametrize("case", cases.OFFSETS, ids=str)
+@pytest.mark.parametrize(
+    "case", sweep(cases.OFFSETS, "three-levels", "unequal-scaled-boxes", "a-level-without-points")
+)
 @pytest.mark.parametrize("name", ["", "_reference"], ids=["native", "reference"])
 def test_opcheck_forward(name, case, permuted):
     arguments = case.inputs().to(torch.float32).arguments

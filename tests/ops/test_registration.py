@@ -9,6 +9,7 @@ import torch._dynamo.testing
 import torch.utils.checkpoint
 
 import children
+from optional import sweep
 from vitadapter_ops import MSDeformAttn, _ops, ms_deform_attn
 from vitadapter_ops.testing import cases, gate
 
@@ -30,7 +31,7 @@ def op_arguments(case, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+@pytest.mark.parametrize("case", sweep(OPCHECK_CASES, "row-map", "three-levels", "odd-channels"))
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck_forward(name, case, permuted):
     arguments = op_arguments(case)

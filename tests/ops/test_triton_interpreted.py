@@ -11,44 +11,63 @@ import children
 
 pytest.importorskip("triton")
 
-# Each a part of the tests of all backends, in a process of its own.
+LARGE = "not vit_adapter and not 1000 and not same_bits and not repeat_to_the_bit and not threads"
+SAME = "(fp32 or bf16) and not points_fp32"
+# Each a part of the tests of all backends, in a process of its own: every kind once or twice.
 PARTS = {
-    "kernels": ("test_triton_kernels.py", ""),
-    "shapes": ("test_backends.py", "test_small_shapes and (fp32 or bf16) and not points_fp32"),
-    "dtypes": ("test_backends.py", "test_small_shapes and (channels-12 or row-map)"),
-    "edges": (
-        "test_backends.py",
-        "not test_small_shapes and not vit_adapter and not 1000 and not same_bits",
+    "kernels": (["test_triton_kernels.py"], ""),
+    "located": (
+        ["test_backends.py"],
+        f"{LARGE} and (not small_shapes or row-map or {SAME} and "
+        "(one-of or odd-channels or one-point or permuted or overlapping))"
+        " and (not non_finite or x-nan or y-inf or x-3000000000)",
     ),
+    "fused": (
+        ["test_from_offsets.py"],
+        f"triton-on-cpu and {LARGE} and (not small_shapes or row-map or {SAME} and "
+        "(one-of or shared-boxes or a-level-without-points or permuted))"
+        " and (not gradcheck or one-of)"
+        " and (not non_finite or nan-offset or 1e+30-reference or -inf-box)"
+        " and (not extreme_logits or 10000.0) and (not any_byte or 255)",
+    ),
+    "others": (
+        ["test_infinities.py", "test_registration.py", "test_empty.py"],
+        "(test_infinities and float32-20-True and (gradient-inf or value--inf)) or "
+        f"(test_registration and triton-on-cpu and {LARGE} and (not gradcheck or one-of)) or "
+        "(test_empty and (nothing or no-pixels-no-queries))",
+    ),
+}
+# Those of more shapes, dtypes and numbers.
+SWEEPS = {
+    "shapes": (["test_backends.py"], f"small_shapes and {SAME}"),
+    "dtypes": (["test_backends.py"], "small_shapes and channels-12"),
+    "locations": (["test_backends.py"], "non_finite"),
     "infinities": (
-        "test_infinities.py",
+        ["test_infinities.py"],
         "float32-20-True and (gradient-inf or weights-nan or value--inf)",
     ),
-    "gradients": (
-        "test_registration.py",
-        "triton-on-cpu and (not gradcheck or one-of-everything) and not threads",
-    ),
-    "empty": ("test_empty.py", "nothing or no-pixels-no-queries"),
-    "fused shapes": (
-        "test_from_offsets.py",
-        "test_small_shapes and (fp32 or bf16) and not points_fp32",
-    ),
-    "fused dtypes": ("test_from_offsets.py", "test_small_shapes and (scaled-boxes or row-map)"),
-    "fused edges": (
-        "test_from_offsets.py",
-        "triton-on-cpu and not small_shapes and not vit_adapter and not repeat_to_the_bit "
-        "and (not gradcheck or one-of-everything)",
+    "fused shapes": (["test_from_offsets.py"], f"small_shapes and {SAME}"),
+    "fused dtypes": (["test_from_offsets.py"], "small_shapes and scaled-boxes"),
+    "fused numbers": (
+        ["test_from_offsets.py"],
+        "triton-on-cpu and (non_finite or extreme_logits or any_byte)",
     ),
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_passes_the_tests_of_every_backend(part):
-    file, only = PARTS[part]
+@pytest.mark.parametrize(
+    ("files", "only"),
+    [
+        *(pytest.param(*part, id=name) for name, part in PARTS.items()),
+        *(
+            pytest.param(*part, id=f"every {name}", marks=pytest.mark.exhaustive)
+            for name, part in SWEEPS.items()
+        ),
+    ],
+)
+def test_passes_the_tests_of_every_backend(files, only):
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", "-k", only, "--durations=5"]
-    done = children.python(
-        ["-m", "pytest", *options, str(children.ROOT / "tests" / "ops" / file)],
-        TRITON_INTERPRET="1",
-    )
+    paths = [str(children.ROOT / "tests" / "ops" / file) for file in files]
+    done = children.python(["-m", "pytest", *options, *paths], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every way to install works, and every way to have no kernel is survived and explained.
 
-Each wheel is built from a copy of the sources, unpacked into an empty folder and used from there
-by a process that cannot see the checkout.
+A source distribution is made of a copy of the checkout, the wheels are built from what it holds,
+and each is used from an empty folder by a process that cannot see the checkout. Most of these tests
+compile kernels that take seconds; those that are shipped take minutes and are `exhaustive`.
 """
 
 import os
@@ -16,24 +17,19 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from once import once
 from vitadapter_ops import _build, _extension
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (
-    "csrc",
-    "vitadapter",
-    "vitadapter_ops",
-    "setup.py",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-)
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"
 )
 needs_checkout = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="needs the checkout's setup.py"
+)
+every_kernel = pytest.mark.parametrize(
+    "kernels", ["quick", pytest.param("shipped", marks=pytest.mark.exhaustive)]
 )
 
 # Imports, trains a step and says what ran.
@@ -63,41 +59,81 @@ def python(code: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedPro
     return done
 
 
-def wheel(folder: Path, env: dict[str, str]) -> Path:
-    """Builds a wheel from a copy of the sources."""
-    source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:
-        origin = ROOT / name
-        if origin.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "*.so")
-            shutil.copytree(origin, source / name, ignore=ignore)
-        elif origin.exists():
-            shutil.copy(origin, source / name)
+def wheel(source: Path, env: dict[str, str]) -> Path:
+    """Builds a wheel in a folder of sources."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
-        [*command, "--wheel-dir", str(folder), "."],
-        cwd=source,
-        env=env,
-        capture_output=True,
-        text=True,
+        [*command, "--wheel-dir", "dist", "."], cwd=source, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = folder.glob("*.whl")
+    (path,) = source.glob("dist/*.whl")
     return path
 
 
-@pytest.fixture(scope="module")
-def pure_site(tmp_path_factory) -> Path:
-    """What `pip install .` leaves: in its isolated build environment torch cannot be imported."""
-    folder = tmp_path_factory.mktemp("pure")
-    (folder / "no_torch").mkdir()
-    (folder / "no_torch" / "torch.py").write_text("raise ImportError('no torch here')\n")
-    path = wheel(folder, environment(folder / "no_torch"))
-    assert path.name.endswith("-py3-none-any.whl")
-    site = folder / "site"
-    zipfile.ZipFile(path).extractall(site)
+def unpack(wheel: Path, site: Path) -> Path:
+    zipfile.ZipFile(wheel).extractall(site)
     return site
+
+
+def make_quick(build: Path, csrc: Path) -> None:
+    """Leaves the kernels of one instruction set, and the optimiser out."""
+    for path in csrc.rglob("*"):
+        if path.is_file():
+            path.write_text(path.read_text().replace("defined(__x86_64__)", "0"))
+    with build.open("a") as file:
+        file.write("\nCXX_FLAGS[CXX_FLAGS.index('-O3')] = '-O0'\n")
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked source distribution of a checkout in which builds and runs have left files."""
+
+    def build(folder: Path) -> None:
+        checkout = folder / "checkout"
+        ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "out")
+        shutil.copytree(ROOT, checkout, ignore=ignore)
+        for left in (
+            "benchmarks/out/op-cpu.json",
+            "build/lib/vitadapter/old.py",
+            "tests/__pycache__/conftest.pyc",
+            "vitadapter_ops/_cpu.abi3.so",
+        ):
+            (checkout / left).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / left).touch()
+        code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+        python(code, checkout, environment(folder / "nothing"))
+        (archive,) = folder.glob("vitadapter-*.tar.gz")
+        shutil.unpack_archive(archive, folder, filter="data")
+        (folder / archive.name.removesuffix(".tar.gz")).rename(folder / "source")
+
+    return once(tmp_path_factory, "sdist", build) / "source"
+
+
+@pytest.fixture(scope="session")
+def pure_site(tmp_path_factory, sdist) -> Path:
+    """What `pip install .` leaves: in its isolated build environment torch cannot be imported."""
+
+    def build(folder: Path) -> None:
+        shutil.copytree(sdist, folder / "source")
+        (folder / "no_torch").mkdir()
+        (folder / "no_torch" / "torch.py").write_text("raise ImportError('no torch here')\n")
+        path = wheel(folder / "source", environment(folder / "no_torch"))
+        assert path.name.endswith("-py3-none-any.whl")
+        unpack(path, folder / "site")
+
+    return once(tmp_path_factory, "pure-wheel", build) / "site"
+
+
+@pytest.fixture(scope="session")
+def quick_site(tmp_path_factory, pure_site) -> Path:
+    """The same with kernels that compile in seconds."""
+
+    def build(folder: Path) -> None:
+        shutil.copytree(pure_site, folder / "site")
+        package = folder / "site" / "vitadapter_ops"
+        make_quick(package / "_build.py", package / "csrc")
+
+    return once(tmp_path_factory, "quick-wheel", build) / "site"
 
 
 @pytest.fixture
@@ -109,15 +145,34 @@ def no_compiler(tmp_path) -> str:
 
 
 @needs_checkout
-def test_pure_wheel_carries_the_kernels_source(pure_site):
-    packaged = {
-        p.relative_to(pure_site / "vitadapter_ops" / "csrc")
-        for p in (pure_site / "vitadapter_ops" / "csrc").rglob("*")
-        if p.is_file()
-    }
-    expected = {p.relative_to(ROOT / "csrc") for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert packaged == expected
-    assert (pure_site / "vitadapter_ops" / "py.typed").exists()
+def test_sdist_holds_what_is_tracked(sdist):
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git's list of files")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = {name for name in done.stdout.splitlines() if (ROOT / name).exists()}
+    packed = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert packed - made == tracked
+
+
+@needs_checkout
+def test_pure_wheel_holds_every_package_and_the_kernels_source(pure_site, tmp_path):
+    def files(folder: Path) -> set[Path]:
+        return {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+
+    def packages(folder: Path) -> set[Path]:
+        return {p.relative_to(folder) for p in folder.glob("vitadapter*/**/__init__.py")}
+
+    assert files(pure_site / "vitadapter_ops" / "csrc") == files(ROOT / "csrc")
+    assert packages(pure_site) == packages(ROOT)
+    assert all(
+        (pure_site / name / "py.typed").exists() for name in ("vitadapter", "vitadapter_ops")
+    )
+    imports = ["import torch"] + [
+        f"import {'.'.join(path.parent.parts)}" for path in packages(pure_site)
+    ]
+    python("\n".join(imports), tmp_path, environment(pure_site))
 
 
 @needs_checkout
@@ -132,8 +187,10 @@ def test_trains_with_neither_compiler_nor_triton(pure_site, no_compiler, tmp_pat
 
 @needs_checkout
 @needs_compiler
-def test_jit_builds_once_says_so_and_is_cached(pure_site, tmp_path):
-    env = environment(pure_site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+@every_kernel
+def test_jit_builds_once_says_so_and_is_cached(kernels, pure_site, quick_site, tmp_path):
+    site = quick_site if kernels == "quick" else pure_site
+    env = environment(site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     first = python(TRAIN, tmp_path, env)
     assert "chosen by auto (JIT library" in first.stdout
     assert "compiling the cpu kernels for this machine, once" in first.stderr
@@ -145,7 +202,7 @@ def test_jit_builds_once_says_so_and_is_cached(pure_site, tmp_path):
 
 @needs_checkout
 @needs_compiler
-def test_jit_finds_pips_ninja_without_an_activated_environment(pure_site, tmp_path):
+def test_jit_finds_pips_ninja_without_an_activated_environment(quick_site, tmp_path):
     pytest.importorskip("ninja")
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -154,7 +211,7 @@ def test_jit_finds_pips_ninja_without_an_activated_environment(pure_site, tmp_pa
             link = folder / program.name
             if not program.name.startswith(("ninja", "python")) and not link.exists():
                 link.symlink_to(program)
-    env = environment(pure_site, PATH=str(folder), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    env = environment(quick_site, PATH=str(folder), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     assert "chosen by auto (JIT library" in python(TRAIN, tmp_path, env).stdout
 
 
@@ -173,9 +230,9 @@ def test_failed_build_is_remembered_and_the_reference_serves(pure_site, tmp_path
 
 @needs_checkout
 @needs_compiler
-def test_broken_prebuilt_library_is_replaced_and_reported(pure_site, tmp_path):
+def test_broken_prebuilt_library_is_replaced_and_reported(quick_site, tmp_path):
     site = tmp_path / "site"
-    shutil.copytree(pure_site, site)
+    shutil.copytree(quick_site, site)
     (site / "vitadapter_ops" / "_cpu.abi3.so").write_bytes(b"not a library")
     env = environment(site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     text = python(TRAIN, tmp_path, env).stdout
@@ -185,15 +242,19 @@ def test_broken_prebuilt_library_is_replaced_and_reported(pure_site, tmp_path):
 
 @needs_checkout
 @needs_compiler
-def test_prebuilt_wheel_holds_a_library_without_python_symbols(tmp_path):
+@every_kernel
+def test_prebuilt_wheel_holds_a_library_without_python_symbols(kernels, sdist, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(sdist, source)
+    if kernels == "quick":
+        make_quick(source / "vitadapter_ops" / "_build.py", source / "csrc")
     env = environment(tmp_path / "nothing", MAX_JOBS="2")
     env.pop("PYTHONPATH")
     if CUDA_HOME is not None and torch.version.cuda is not None:
         env["TORCH_CUDA_ARCH_LIST"] = "9.0"  # one architecture is enough to test the packaging
-    path = wheel(tmp_path, env)
+    path = wheel(source, env)
     assert "-cp310-abi3-" in path.name
-    site = tmp_path / "site"
-    zipfile.ZipFile(path).extractall(site)
+    site = unpack(path, tmp_path / "site")
     env = environment(site, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     done = python(TRAIN, tmp_path, env)
     assert "chosen by auto (prebuilt library" in done.stdout
