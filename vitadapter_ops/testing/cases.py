@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of multi-scale deformable attention, shared by tests and benchmarks."""
+"""Shapes and inputs of multi-scale deformable attention, for tests and benchmarks of any backend.
+
+`SMALL` and `OFFSETS` are the shapes on which a backend is to be right, edges included; `MODEL`,
+`BENCH` and `GPU_BENCH` are those of models. `DTYPES` names what they come in.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +34,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call."""
+    """The arguments of one call of `ms_deform_attn`, with the shapes that are documented there."""
 
-    value: Tensor
+    value: Tensor  # [B, S, M, D]
     spatial_shapes: list[tuple[int, int]]
-    sampling_locations: Tensor
-    attention_weights: Tensor
+    sampling_locations: Tensor  # [B, Q, M, L, P, 2]
+    attention_weights: Tensor  # [B, Q, M, L, P]
     level_start_index: list[int] | None
 
     @property
@@ -57,7 +62,9 @@ class Inputs:
         value, locations, weights = (tensor.clone() for tensor in self.tensors)
         return Inputs(value, self.spatial_shapes, locations, weights, self.level_start_index)
 
-    def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
+    def to(
+        self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None
+    ) -> Inputs:
         """A copy with value in `dtype`; locations and weights in `points`, or in `dtype`."""
         points = points or dtype
         return Inputs(
@@ -175,17 +182,17 @@ SMALL = (
 
 @dataclass(frozen=True)
 class OffsetInputs:
-    """The arguments of one call of the fused operator."""
+    """The arguments of one call of `ms_deform_attn_from_offsets`; K points of all levels."""
 
-    value: Tensor
+    value: Tensor  # [B, S, M, D]
     spatial_shapes: list[tuple[int, int]]
-    reference_points: Tensor
-    sampling_offsets: Tensor
-    attention_logits: Tensor
+    reference_points: Tensor  # [B or 1, Q, L or 1, 2 or 4]
+    sampling_offsets: Tensor  # [B, Q, M, K, 2]
+    attention_logits: Tensor  # [B, Q, M, K]
     points_per_level: list[int]
     level_start_index: list[int] | None
-    padding_mask: Tensor | None
-    offset_scale: Tensor | None
+    padding_mask: Tensor | None  # [B, S], bool
+    offset_scale: Tensor | None  # [K]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,7 +215,7 @@ class OffsetInputs:
         }
 
     @property
-    def arguments(self) -> list:
+    def arguments(self) -> list[Any]:
         """All, in the order of the operator's schema, without return_weights."""
         sizes = [side for size in self.spatial_shapes for side in size]
         starts = first_pixels(self.spatial_shapes, self.level_start_index)
@@ -222,7 +229,9 @@ class OffsetInputs:
             self.offset_scale,
         ]
 
-    def to(self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None):
+    def to(
+        self, dtype: torch.dtype, device: str = "cpu", points: torch.dtype | None = None
+    ) -> OffsetInputs:
         """A copy with value in `dtype`, offsets and logits in `points` or in `dtype`.
 
         Reference points and scales are in the dtype of arithmetic.
@@ -284,15 +293,18 @@ class OffsetCase:
         levels, total = len(self.shapes), sum(self.points)
         stored = stored or torch.bfloat16
         value = torch.randn(self.batch, pixels, self.heads, self.channels, generator=g)
-        size = (1 if self.shared_batch else self.batch, self.queries)
-        size += (1 if self.shared_levels else levels,)
+        boxes = (
+            1 if self.shared_batch else self.batch,
+            self.queries,
+            1 if self.shared_levels else levels,
+        )
         if self.grids:
             centres = Case("", self.shapes, 1, self.queries, grids=self.grids).positions(g)
-            reference = centres[:, :, None].expand(*size, 2)
+            reference = centres[:, :, None].expand(*boxes, 2)
         else:
-            reference = torch.rand(*size, 2, generator=g, dtype=torch.float64) * 1.2 - 0.1
+            reference = torch.rand(*boxes, 2, generator=g, dtype=torch.float64) * 1.2 - 0.1
         if self.boxes:
-            extent = torch.rand(*size, 2, generator=g, dtype=torch.float64) * 0.5 + 0.1
+            extent = torch.rand(*boxes, 2, generator=g, dtype=torch.float64) * 0.5 + 0.1
             reference = torch.cat((reference, extent), -1)
         reference = reference.float().double()
         size = (self.batch, self.queries, self.heads, total)
@@ -331,7 +343,7 @@ def first_pixels(shapes: list[tuple[int, int]], starts: list[int] | None) -> lis
     return [sum(areas[:level]) for level in range(len(areas))]
 
 
-def offset_positions(inputs: OffsetInputs):
+def offset_positions(inputs: OffsetInputs) -> Iterator[tuple[int, Tensor]]:
     """Yields each level and its points' locations [B, Q, M, P, 2] in pixels, from the equation."""
     first = 0
     for level, ((height, width), points) in enumerate(
@@ -346,9 +358,8 @@ def offset_positions(inputs: OffsetInputs):
         if box.shape[-1] == 2:
             location = box + offsets / sides
         else:
-            scale = 0.5 / max(points, 1)
-            if inputs.offset_scale is not None:
-                scale = inputs.offset_scale[here, None]
+            given = inputs.offset_scale
+            scale = 0.5 / max(points, 1) if given is None else given[here, None]
             location = box[..., :2] + offsets * scale * box[..., 2:]
         yield level, location * sides
 

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What correct means, for tests and benchmarks: the outputs and all gradients of one case."""
+"""What correct means: the outputs and all gradients of one case, held to the fp64 reference.
+
+`check` and `check_offsets` judge any function, `check_backend` and `check_offsets_backend` one of
+our own backends. A result may be EAGER_FACTOR times as far from the fp64 one as eager torch's at
+the same dtypes, and no further; whatever is wrong raises AssertionError, and an error beyond its
+bound `tolerances.Inaccurate`, which is one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitadapter_ops import ms_deform_attn, ms_deform_attn_from_offsets
 
 from . import cases, oracles
-from .tolerances import assert_as_accurate_as_eager
+from .tolerances import assert_as_accurate_as_eager, require
 
 NAMES = ("output", "gradient of value", "gradient of locations", "gradient of weights")
 
 
 def op(backend: str) -> Callable[..., Tensor]:
-    """Our operator on one backend, with the arguments of `oracles.grid_sample`."""
+    """`ms_deform_attn` on one backend, with the arguments of `oracles.grid_sample`."""
 
-    def function(value, shapes, locations, weights, starts=None):
+    def function(
+        value: Tensor,
+        shapes: list[tuple[int, int]],
+        locations: Tensor,
+        weights: Tensor,
+        starts: list[int] | None = None,
+    ) -> Tensor:
         return ms_deform_attn(
             value, shapes, locations, weights, level_start_index=starts, backend=backend
         )
@@ -29,7 +42,13 @@ def op(backend: str) -> Callable[..., Tensor]:
 
 
 def run(function: Callable[..., Tensor], inputs: cases.Inputs, cotangent: Tensor) -> list[Tensor]:
-    """Output and gradients, as NAMES has them, on the CPU."""
+    """Output and gradients of a function, as NAMES has them, on the CPU.
+
+    Args:
+        function: with the arguments and the result of `oracles.grid_sample`.
+        inputs: in the dtypes and on the device on which it is to run.
+        cotangent: [B, Q, M * D], the gradient of the output; it is moved there.
+    """
     tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
     out = function(tensors[0], inputs.spatial_shapes, *tensors[1:], inputs.level_start_index)
     grads = torch.autograd.grad(out, tensors, cotangent.to(out))
@@ -46,11 +65,13 @@ class _Backwards(TorchDispatchMode):
     """Records what our backward operators were asked for, and how large each result was."""
 
     def __init__(self, gradients: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.gradients = gradients
         self.asked: list[tuple[tuple[bool, ...], list[int]]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.__name__.endswith("_backward.default"):
             self.asked.append((tuple(args[-self.gradients :]), [t.numel() for t in result]))
@@ -60,40 +81,42 @@ class _Backwards(TorchDispatchMode):
 def check_needs(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...]
 ) -> None:
-    """Holds a backward to compute the gradients that are needed, and none that is not.
+    """Holds a backward of ours to compute the gradients that are needed, and none that is not.
 
     Args:
-        function: from `inputs` to the output.
+        function: from `inputs` to the output, by one of our operators.
         inputs: all that may get a gradient.
         needs: which of them do.
     """
 
-    def grads(needs):
+    def grads(needs: tuple[bool, ...]) -> list[Tensor | None]:
         tensors = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
         out = function(*tensors)
         if out.requires_grad:
-            out.backward(torch.ones_like(out))
+            torch.autograd.backward(out, torch.ones_like(out))
         return [t.grad for t in tensors]
 
     everything = grads((True,) * len(inputs))
     with _Backwards(len(inputs)) as record:
         got = grads(needs)
     if not any(needs):
-        assert record.asked == []
+        require(not record.asked, f"expected no backward, got {record.asked}")
         return
+    require(len(record.asked) == 1, f"expected one backward, got {record.asked}")
     ((flags, sizes),) = record.asked
-    assert flags == needs
-    for tensor, need, size, grad, full in zip(inputs, needs, sizes, got, everything, strict=True):
-        assert size == (tensor.numel() if need else 0)
-        assert (grad is not None) == need
+    require(flags == needs, f"expected a backward for {needs}, got {flags}")
+    for i, (tensor, need) in enumerate(zip(inputs, needs, strict=True)):
+        wanted = tensor.numel() if need else 0
+        require(sizes[i] == wanted, f"gradient {i}: expected {wanted} elements, got {sizes[i]}")
+        require((got[i] is not None) == need, f"gradient {i}: given is {not need}, not {need}")
         if need:
-            torch.testing.assert_close(grad, full)
+            torch.testing.assert_close(got[i], everything[i])
 
 
 def check(
     case: cases.Case,
     dtypes: str,
-    compute: Callable[[cases.Inputs, Tensor], list[Tensor]],
+    compute: Callable[[cases.Inputs, Tensor], Sequence[Tensor]],
     judge: str = "cpu",
 ) -> None:
     """Holds a case's results to the fp64 reference, with eager torch as the measure.
@@ -101,10 +124,16 @@ def check(
     Args:
         case: the shape.
         dtypes: a name in `cases.DTYPES`.
-        compute: from inputs and the output's gradient, both on the CPU, to what NAMES lists.
+        compute: from inputs and the output's gradient [B, Q, M * D], both on the CPU in those
+            dtypes, to what NAMES lists, on the CPU: `run` makes it of a function.
         judge: the device on which reference and eager torch run.
+
+    Raises:
+        AssertionError: a result is missing, has another shape or dtype, is not finite, or is less
+            accurate than allowed; the message says which.
+        ValueError: dtypes is no such name.
     """
-    dtype, points = cases.DTYPES[dtypes]
+    dtype, points = _dtypes(dtypes)
     inputs = cases.drawn(case).to(dtype, points=points)
     cotangent = _cotangent(case, dtype)
     at_judge = cotangent.to(judge)
@@ -114,17 +143,34 @@ def check(
     _judge(NAMES, wanted, compute(inputs, cotangent), eager, exact)
 
 
+def _dtypes(name: str) -> tuple[torch.dtype, torch.dtype]:
+    if name not in cases.DTYPES:
+        raise ValueError(f"dtypes: expected one of {', '.join(cases.DTYPES)}, got {name!r}")
+    return cases.DTYPES[name]
+
+
 def _cotangent(case: cases.Case | cases.OffsetCase, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.queries, case.heads * case.channels)
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _judge(names, dtypes, results, eager, exact) -> None:
+def _judge(
+    names: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    results: Sequence[Tensor],
+    eager: list[Tensor],
+    exact: list[Tensor],
+) -> None:
+    require(
+        len(results) == len(names),
+        f"compute: expected {len(names)} results ({', '.join(names)}), got {len(results)}",
+    )
     for what, wanted, got, plain, expected in zip(
         names, dtypes, results, eager, exact, strict=True
     ):
-        assert got.dtype == wanted, f"{what}: {got.dtype}, not {wanted}"
+        require(isinstance(got, Tensor), f"{what}: expected a tensor, got {type(got).__name__}")
+        require(got.dtype == wanted, f"{what}: {got.dtype}, not {wanted}")
         assert_as_accurate_as_eager(what, got, plain, expected)
 
 
@@ -132,9 +178,9 @@ def check_backend(
     case: cases.Case, dtypes: str, backend: str, device: str, judge: str = "cpu"
 ) -> None:
     """`check` for one of our backends on a device."""
-    dtype, points = cases.DTYPES[dtypes]
+    dtype, points = _dtypes(dtypes)
 
-    def compute(inputs, cotangent):
+    def compute(inputs: cases.Inputs, cotangent: Tensor) -> list[Tensor]:
         return run(op(backend), inputs.to(dtype, device, points), cotangent.to(device))
 
     check(case, dtypes, compute, judge)
@@ -153,21 +199,38 @@ OFFSET_NAMES = (
 def from_offsets(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The fused operator on one backend, with the arguments of `oracles.from_offsets`."""
 
-    def function(inputs, value, *points):
-        return ms_deform_attn_from_offsets(
+    def function(
+        inputs: cases.OffsetInputs, value: Tensor, *points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        reference, offsets, logits = points
+        results = ms_deform_attn_from_offsets(
             value,
             inputs.spatial_shapes,
-            *points,
+            reference,
+            offsets,
+            logits,
             **inputs.keywords,
             return_weights=True,
             backend=backend,
         )
+        assert isinstance(results, tuple)
+        return results
 
     return function
 
 
-def run_offsets(function: Callable[..., tuple[Tensor, Tensor]], inputs, cotangents) -> list[Tensor]:
-    """Outputs and gradients of a function as `from_offsets` makes it, as OFFSET_NAMES has them."""
+def run_offsets(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: cases.OffsetInputs,
+    cotangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """Outputs and gradients of a function, as OFFSET_NAMES has them, on the CPU.
+
+    Args:
+        function: with the arguments and the results of `oracles.from_offsets`.
+        inputs: in the dtypes and on the device on which it is to run.
+        cotangents: the gradients of output [B, Q, M * D] and weights [B, Q, M, K].
+    """
     tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
     outs = function(inputs, *tensors)
     grads = torch.autograd.grad(
@@ -179,7 +242,7 @@ def run_offsets(function: Callable[..., tuple[Tensor, Tensor]], inputs, cotangen
 def check_offsets(
     case: cases.OffsetCase,
     dtypes: str,
-    compute: Callable[[cases.OffsetInputs, list[Tensor]], list[Tensor]],
+    compute: Callable[[cases.OffsetInputs, list[Tensor]], Sequence[Tensor]],
 ) -> None:
     """`check` for the fused operator.
 
@@ -187,9 +250,13 @@ def check_offsets(
         case: the shape.
         dtypes: a name in `cases.DTYPES`; points are offsets and logits.
         compute: from inputs and the gradients by output and weights, all on the CPU, to what
-            OFFSET_NAMES lists.
+            OFFSET_NAMES lists, on the CPU: `run_offsets` makes it of a function.
+
+    Raises:
+        AssertionError: as `check`.
+        ValueError: dtypes is no such name.
     """
-    dtype, points = cases.DTYPES[dtypes]
+    dtype, points = _dtypes(dtypes)
     inputs = case.inputs(stored=points).to(dtype, points=points)
     weights = torch.randn(inputs.attention_logits.shape, generator=torch.Generator().manual_seed(1))
     cotangents = [_cotangent(case, dtype), weights.to(points)]
@@ -202,9 +269,9 @@ def check_offsets(
 
 def check_offsets_backend(case: cases.OffsetCase, dtypes: str, backend: str, device: str) -> None:
     """`check_offsets` for one of our backends on a device."""
-    dtype, points = cases.DTYPES[dtypes]
+    dtype, points = _dtypes(dtypes)
 
-    def compute(inputs, cotangents):
+    def compute(inputs: cases.OffsetInputs, cotangents: list[Tensor]) -> list[Tensor]:
         inputs = inputs.to(dtype, device, points)
         return run_offsets(from_offsets(backend), inputs, [c.to(device) for c in cotangents])
 

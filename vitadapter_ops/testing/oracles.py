@@ -13,8 +13,15 @@ from torch import Tensor
 from . import cases
 
 
-def plain_loops(inputs) -> Tensor:
-    """One Python loop per index, straight from the equation. fp64, tiny shapes only."""
+def plain_loops(inputs: cases.Inputs) -> Tensor:
+    """One Python loop per index, straight from the equation. fp64, tiny shapes only.
+
+    Args:
+        inputs: of any dtype, on the CPU.
+
+    Returns:
+        [B, Q, M * D], fp64.
+    """
     value, locations, weights = (t.double() for t in inputs.tensors)
     batch, _, heads, channels = value.shape
     _, queries, _, _, points, _ = locations.shape
@@ -50,6 +57,16 @@ def grid_sample(
     """The way models without a kernel compute it: torch's grid_sample level by level.
 
     16-bit inputs are computed in fp32 and rounded once, the best that eager torch can do.
+
+    Args:
+        value: [B, S, M, D], any floating dtype.
+        spatial_shapes: (H, W) of each level.
+        locations: [B, Q, M, L, P, 2], (x, y) as fractions of the level.
+        weights: [B, Q, M, L, P].
+        level_start_index: first pixel of each level along S; None: one after the other.
+
+    Returns:
+        [B, Q, M * D], dtype of value.
     """
     dtype = value.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -71,20 +88,27 @@ def grid_sample(
     return out.view(batch, heads * channels, queries).transpose(1, 2).to(dtype)
 
 
-def from_offsets(inputs, value, reference, offsets, logits) -> tuple[Tensor, Tensor]:
+def from_offsets(
+    inputs: cases.OffsetInputs,
+    value: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor]:
     """The chain that models without the fused operator have: softmax, locations, grid_sample.
 
     In fp32 (fp64 for fp64) whatever is stored, as `grid_sample`; for any points per level.
 
     Args:
-        inputs: cases.OffsetInputs, for all that gets no gradient.
-        value: this and the following take the place of the tensors in `inputs`.
-        reference: reference points.
-        offsets: sampling offsets.
-        logits: attention logits.
+        inputs: for all that gets no gradient.
+        value: [B, S, M, D]; this and the following take the place of the tensors in `inputs`.
+        reference: [B or 1, Q, L or 1, 2 or 4], reference points or boxes.
+        offsets: [B, Q, M, K, 2], of K points in all levels.
+        logits: [B, Q, M, K].
 
     Returns:
-        The output, and the attention weights.
+        The output [B, Q, M * D] in the dtype of value, and the attention weights [B, Q, M, K] in
+        that of logits.
     """
     dtype = value.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -94,7 +118,8 @@ def from_offsets(inputs, value, reference, offsets, logits) -> tuple[Tensor, Ten
         value = value.masked_fill(inputs.padding_mask[..., None, None], 0)
     starts = cases.first_pixels(inputs.spatial_shapes, inputs.level_start_index)
     moved = dataclasses.replace(inputs, reference_points=reference, sampling_offsets=offsets)
-    out, first = 0, 0
+    batch, _, heads, channels = value.shape
+    out, first = value.new_zeros(batch, offsets.shape[1], heads * channels), 0
     for level, pixels in cases.offset_positions(moved):
         height, width = inputs.spatial_shapes[level]
         points = pixels.shape[3]

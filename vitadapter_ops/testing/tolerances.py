@@ -89,12 +89,35 @@ class Inaccurate(AssertionError):
         self.times = error / bound if bound else float("inf")
 
 
+def require(condition: bool, message: str) -> None:
+    """An assertion that `python -O` keeps.
+
+    Raises:
+        AssertionError: the condition does not hold.
+    """
+    if not condition:
+        raise AssertionError(message)
+
+
 def assert_as_accurate_as_eager(
     name: str, got: Tensor, eager: Tensor, exact: Tensor, ulps: float = FLOOR_ULPS
 ) -> None:
-    """Holds `got` to EAGER_FACTOR times the error of `eager`; `exact` is fp64."""
-    assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
-    assert got.isfinite().all(), f"{name}: not finite"
+    """Holds `got` to EAGER_FACTOR times the error of `eager`.
+
+    Args:
+        name: of the result, for errors.
+        got: the result, any shape and floating dtype.
+        eager: eager torch's, of the same shape.
+        exact: the fp64 result, of the same shape.
+        ulps: what is allowed beyond, in units in the last place of the largest of `exact`.
+
+    Raises:
+        AssertionError: another shape, or not finite.
+        Inaccurate: the error is beyond its bound.
+    """
+    shapes = list(got.shape), list(exact.shape)
+    require(shapes[0] == shapes[1], f"{name}: shape {shapes[0]}, not {shapes[1]}")
+    require(bool(got.isfinite().all()), f"{name}: not finite")
     if exact.numel() == 0:
         return
     error = (got.double() - exact).abs().max().item()
@@ -113,19 +136,20 @@ def assert_same_definition(
     name: str, got: Tensor, exact: Tensor, ulps: float = DEFINITION_ULPS
 ) -> None:
     """Holds an fp64 result to another fp64 result."""
-    assert got.dtype == exact.dtype == torch.float64
+    dtypes = {got.dtype, exact.dtype}
+    require(dtypes == {torch.float64}, f"{name}: expected float64, got {dtypes}")
     bound = ulps * eps(torch.float64) * max(exact.abs().max().item(), 1e-300)
     error = (got - exact).abs().max().item()
-    assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+    require(error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}")
 
 
 def assert_close_but_for_crossings(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
     """Holds a bf16 gradient to CROSSINGS_SHARE beyond EAGER_FACTOR times the error of `eager`."""
-    assert got.isfinite().all(), f"{name}: not finite"
+    require(bool(got.isfinite().all()), f"{name}: not finite")
     error = (got.double() - exact).norm().item()
     eager_error = (eager.double() - exact).norm().item()
     bound = EAGER_FACTOR * eager_error + CROSSINGS_SHARE * exact.norm().item()
-    assert error <= bound, f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}"
+    require(error <= bound, f"{name}: error {error:.3g}, eager torch's {eager_error:.3g}")
 
 
 def assert_gradients_of_models_agree(
@@ -134,4 +158,4 @@ def assert_gradients_of_models_agree(
     """Holds a parameter's gradient to the original's; `whole` is the length of all gradients."""
     error = (got - expected).norm().item()
     bound = MODEL_GRADIENT_SHARE * expected.norm().item() + MODEL_GRADIENT_FLOOR * whole.item()
-    assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+    require(error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}")
