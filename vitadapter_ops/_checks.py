@@ -18,6 +18,7 @@ SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+MAX_LEVELS = 64  # of the kernels; csrc/params.h: kMaxLevels
 
 _PLAIN = frozenset((tuple, list, torch.Size))
 

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from . import _extension
+from . import _calls, _extension
+from ._checks import MAX_LEVELS
 from .triton import availability
-
-_MAX_LEVELS = 64  # csrc/params.h: kMaxLevels
 
 
 class BackendUnavailable(RuntimeError):
@@ -49,8 +50,8 @@ def _native(device: str) -> Callable[[Call], str | None]:
     def can_run(call: Call) -> str | None:
         if call.device != device:
             return f"it needs tensors on {device}, these are on {call.device}"
-        if call.levels > _MAX_LEVELS:
-            return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
+        if call.levels > MAX_LEVELS:
+            return f"its kernels take at most {MAX_LEVELS} levels, got {call.levels}"
         library = _extension.load(device)
         if library.origin is None:
             return f"its library is not available: {library.error}"
@@ -60,8 +61,8 @@ def _native(device: str) -> Callable[[Call], str | None]:
 
 
 def _triton(call: Call) -> str | None:
-    if call.levels > _MAX_LEVELS:
-        return f"its kernels take at most {_MAX_LEVELS} levels, got {call.levels}"
+    if call.levels > MAX_LEVELS:
+        return f"its kernels take at most {MAX_LEVELS} levels, got {call.levels}"
     return availability.why_not(call.device)
 
 
@@ -81,7 +82,41 @@ BACKENDS = (
     Backend("reference", "_reference", _always),
 )
 
-_chosen: dict[tuple[str, Call], str] = {}
+_chosen: _calls.Calls[str] = _calls.Calls()
+
+# What "auto" is taken for, in this thread.
+_auto = contextvars.ContextVar("vitadapter_ops_auto", default="auto")
+
+
+@torch.compiler.assume_constant_result
+def wanted(backend: str) -> str:
+    """The backend that a call names, or in its place what `force_backend` says for "auto"."""
+    return _auto.get() if type(backend) is str and backend == "auto" else backend
+
+
+@contextlib.contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """Within it every call of this thread that leaves the choice to "auto" runs on one backend.
+
+    That is what modules, drop-ins and models do; a call that names a backend keeps it. Contexts
+    nest, and end with an error as without. Other threads and what was compiled or exported before
+    are not affected; a backward runs where its forward did.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference"; "auto" undoes an outer context.
+
+    Raises:
+        TypeError: name is no str.
+        ValueError: no backend has this name.
+
+    A call within it raises BackendUnavailable where the backend cannot run it.
+    """
+    _check_name(name, "name")
+    token = _auto.set(name)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
 
 
 @torch.compiler.assume_constant_result
@@ -92,30 +127,36 @@ def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) 
         ValueError: no backend has this name.
         BackendUnavailable: the backend that was asked for cannot run.
     """
+    backend = wanted(backend)
     call = Call(op, device, dtype, levels)
     chosen = _chosen.get((backend, call)) if isinstance(backend, str) else None
     if chosen is None:
-        chosen = _chosen[backend, call] = op + _find(backend, call).suffix
+        chosen = op + _find(backend, call).suffix
+        _chosen.remember((backend, call), chosen)
     return chosen
 
 
 def _find(backend: str, call: Call) -> Backend:
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    _check_name(backend, "backend")
     if backend == "auto":
         return next(
             candidate
             for candidate in BACKENDS
             if candidate.can_run(call) is None and candidate.by_name(call) is None
         )
-    for candidate in BACKENDS:
-        if candidate.name == backend:
-            reason = candidate.can_run(call)
-            if reason is not None:
-                raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}")
-            return candidate
-    names = ", ".join(["auto", *(candidate.name for candidate in BACKENDS)])
-    raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    candidate = next(each for each in BACKENDS if each.name == backend)
+    reason = candidate.can_run(call)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}")
+    return candidate
+
+
+def _check_name(name: object, argument: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a str, got {type(name).__name__}")
+    names = ["auto", *(candidate.name for candidate in BACKENDS)]
+    if name not in names:
+        raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {name!r}")
 
 
 OPS = ("ms_deform_attn", "ms_deform_attn_from_offsets")

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks, _dispatch, _ops
+from . import _calls, _checks, _dispatch, _ops
 from .reference import compute_dtype
 
 
@@ -23,14 +23,7 @@ class _Plan(NamedTuple):
 
 
 # By kind of call. Checks and the choice of a backend take three times as long as a look-up.
-_plans: dict[Hashable, _Plan] = {}
-_MOST_PLANS = 4096  # then forgotten: image sizes may change without end
-
-
-def _remember(kind: Hashable, plan: _Plan) -> None:
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[kind] = plan
+_plans: _calls.Calls[_Plan] = _calls.Calls()
 
 
 def points_dtype(
@@ -130,6 +123,7 @@ def ms_deform_attn(
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
         NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
+    backend = _dispatch.wanted(backend)
     kind = None
     if _ops.is_plain():
         tensors = (value, sampling_locations, attention_weights)
@@ -146,7 +140,7 @@ def ms_deform_attn(
             kind is not None,
         )
         if kind is not None:
-            _remember(kind, plan)
+            _plans.remember(kind, plan)
     if plan.grows:
         value, _ = grow(value)
     return plan.call(
@@ -247,6 +241,7 @@ def ms_deform_attn_from_offsets(
     """
     if not isinstance(return_weights, bool):
         raise TypeError(f"return_weights: expected a bool, got {type(return_weights).__name__}")
+    backend = _dispatch.wanted(backend)
     kind = None
     if _ops.is_plain():
         kind = _checks.kind(
@@ -271,7 +266,7 @@ def ms_deform_attn_from_offsets(
             kind is not None,
         )
         if kind is not None:
-            _remember(kind, plan)
+            _plans.remember(kind, plan)
     compute = compute_dtype(value.dtype)
     if offset_scale is not None:
         total = sampling_offsets.shape[3]

@@ -10,8 +10,8 @@ import torch
 from vitadapter_ops import (
     BackendUnavailable,
     MSDeformAttn,
+    _calls,
     explain_backend,
-    functional,
     ms_deform_attn,
     ms_deform_attn_from_offsets,
 )
@@ -171,7 +171,7 @@ def test_good_input_passes():
     assert call().shape == (2, 7, 24)
 
 
-KNOWN = {"fresh": functional._plans.clear, "after the same call": lambda: None}
+KNOWN = {"fresh": _calls.forget, "after the same call": lambda: None}
 
 
 @pytest.mark.parametrize("known", KNOWN)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitadapter_ops import functional, ms_deform_attn, ms_deform_attn_from_offsets
+from vitadapter_ops import _calls, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.testing import cases
 
 CASE = cases.Case("sizes", ((4, 6), (2, 3)))
@@ -96,7 +96,7 @@ def _hashable(value):
 @pytest.mark.parametrize("form", UNORDERED)
 def test_what_is_no_sequence_is_refused_whatever_was_called_before(form, seen):
     def check(name, call, *arguments):
-        functional._plans.clear()
+        _calls.forget()
         if seen:
             call(SIZES)
         with pytest.raises(TypeError, match=rf"^{name}: expected .*, got \w+"):
@@ -113,7 +113,7 @@ def test_what_is_no_sequence_is_refused_whatever_was_called_before(form, seen):
 
 @pytest.mark.parametrize("seen", [False, True], ids=["fresh", "seen"])
 def test_a_pair_that_can_be_read_once_is_refused_whatever_was_called_before(seen):
-    functional._plans.clear()
+    _calls.forget()
     if seen:
         call(SIZES)
     for bad in ([iter((4, 6)), (2, 3)], [{4, 6}, (2, 3)], [{4: 0, 6: 0}, (2, 3)], ["46", (2, 3)]):

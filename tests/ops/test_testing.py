@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vitadapter_ops.testing` as somebody uses it who writes a backend of his own."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from vitadapter_ops.testing import cases, gate, oracles
+from vitadapter_ops import (
+    BackendUnavailable,
+    MSDeformAttn,
+    _checks,
+    available_backends,
+    ms_deform_attn,
+)
+from vitadapter_ops.testing import cases, force_backend, gate, oracles
 
 CASE = cases.SMALL[3]
 
@@ -56,5 +65,90 @@ def test_a_wrong_backend_is_refused(wrong, error):
 def test_wrong_uses_are_named():
     with pytest.raises(AssertionError, match=r"^compute: expected 4 results .*, got 1$"):
         _held(oracles.grid_sample, results=gate.NAMES[:1])
-    with pytest.raises(ValueError, match="^dtypes: expected one of fp64, .*, got 'half'$"):
+    with pytest.raises(ValueError, match=r"^dtypes: expected one of fp64, .*, got 'half'$"):
         _held(oracles.grid_sample, "half")
+
+
+# --- force_backend ------------------------------------------------------------------------------
+
+
+def _auto():
+    inputs = CASE.inputs(dtype=torch.float32)
+    return ms_deform_attn(inputs.value, inputs.spatial_shapes, *inputs.tensors[1:])
+
+
+def _is_the_reference():
+    """Whether `_auto` has the bits of the reference, whose sums the CPU kernels do not repeat."""
+    inputs = CASE.inputs(dtype=torch.float32)
+    exact = gate.op("reference")(inputs.value, inputs.spatial_shapes, *inputs.tensors[1:])
+    return torch.equal(_auto(), exact)
+
+
+@pytest.fixture
+def native():
+    if "cpu" not in available_backends() or _is_the_reference():
+        pytest.skip("needs the CPU library")
+
+
+def test_auto_is_the_forced_backend_until_the_context_ends(native):
+    with force_backend("reference"):
+        assert _is_the_reference()
+        with force_backend("auto"):
+            assert not _is_the_reference()
+        assert _is_the_reference()
+    assert not _is_the_reference()
+    with pytest.raises(KeyError), force_backend("reference"):
+        raise KeyError
+    assert not _is_the_reference()
+
+
+def test_a_named_backend_and_another_thread_are_not_forced(native):
+    inputs = CASE.inputs(dtype=torch.float32)
+    arguments = inputs.value, inputs.spatial_shapes, *inputs.tensors[1:]
+    named = gate.op("cpu")(*arguments)
+    with force_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(gate.op("cpu")(*arguments), named)
+        assert torch.equal(pool.submit(_auto).result(), named)
+
+
+def test_a_module_runs_on_the_forced_backend_and_says_when_it_cannot():
+    module = MSDeformAttn(24, n_levels=2, n_heads=3)
+    query, value = torch.randn(1, 5, 24), torch.randn(1, 30, 24)
+    points = torch.rand(1, 5, 2, 2)
+    with force_backend("cuda"), pytest.raises(BackendUnavailable, match=r"^backend .cuda. cannot"):
+        module(query, points, value, [(4, 6), (2, 3)])
+
+
+@pytest.mark.parametrize(("name", "error"), [("cudnn", ValueError), (None, TypeError)])
+def test_no_such_backend_can_be_forced(name, error):
+    with pytest.raises(error, match=r"^name: expected"), force_backend(name):
+        pass
+
+
+def test_a_compiled_call_takes_the_forced_backend(native):
+    torch.compiler.reset()
+    with force_backend("reference"):
+        compiled = torch.compile(_called, backend="eager", fullgraph=True)
+        inputs = CASE.inputs(dtype=torch.float32)
+        got = compiled(inputs.value, *inputs.tensors[1:])
+        assert torch.equal(got, _auto())
+
+
+def _called(value, locations, weights):
+    return ms_deform_attn(value, list(CASE.shapes), locations, weights)
+
+
+def test_dtypes_of_the_cases_are_those_of_the_operator():
+    values = {value for value, _ in cases.DTYPES.values()}
+    assert values == set(_checks.FLOATING) == set(launch_types())
+    for value in _checks.FLOATING:
+        points = {points for v, points in cases.DTYPES.values() if v == value}
+        wide = torch.float64 if value == torch.float64 else torch.float32
+        assert points == {value, wide}
+
+
+def launch_types():
+    pytest.importorskip("triton")
+    from vitadapter_ops.triton import launch
+
+    return launch._TYPES

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from .. import _checks
+from .. import _calls, _checks
 from ..reference import compute_dtype
 from . import kernels, tuning
 
@@ -392,8 +392,7 @@ def _run(
 
 
 # Of the forward: a call whose tensors lie as those of an earlier one goes straight to its launch.
-_known: dict[Any, tuple[Callable[..., None], int, tuple[Any, ...]]] = {}
-_MOST_KNOWN = 4096
+_known: _calls.Calls[tuple[Callable[..., None], int, tuple[Any, ...]]] = _calls.Calls()
 
 
 def _key(tensors: Sequence[Tensor | None], *others: Any) -> tuple[Any, ...] | None:
@@ -415,9 +414,7 @@ def _remember(
     launched: tuple[Callable[..., None], int, tuple[Any, ...]] | None,
 ) -> None:
     if key is not None and launched is not None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = launched
+        _known.remember(key, launched)
 
 
 def _gradient(tensor: Tensor, needed: bool, empty: bool) -> Tensor:
