@@ -187,7 +187,10 @@ def _compile(device: str) -> Library:
         try:
             gencode = cpp_extension._get_cuda_arch_flags()
         except IndexError:
-            error = "there is no GPU to compile for; TORCH_CUDA_ARCH_LIST names one"
+            error = (
+                "expected a GPU in sight to compile for, or its architecture in "
+                "TORCH_CUDA_ARCH_LIST, got neither"
+            )
             return Library(None, error=error)
         except ValueError as invalid:
             return Library(None, error=f"TORCH_CUDA_ARCH_LIST: {invalid}")
