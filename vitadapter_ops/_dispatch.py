@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +84,40 @@ BACKENDS = (
 )
 
 
+# What "auto" is taken for, in this thread.
+_auto = contextvars.ContextVar("vitadapter_ops_auto", default="auto")
+
+
+@contextlib.contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """Within it every call of this thread that leaves the choice to "auto" runs on one backend.
+
+    That is what modules, drop-ins and models do; a call that names a backend keeps it. Contexts
+    nest, and end with an error as without. Other threads and what was compiled or exported before
+    are not affected; a backward runs where its forward did.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference"; "auto" undoes an outer context.
+
+    Raises:
+        TypeError: name is no str.
+        ValueError: no backend has this name.
+
+    A call within it raises BackendUnavailable where the backend cannot run it.
+    """
+    _check_name("name", name)
+    token = _auto.set(name)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
+def wanted(backend: str) -> str:
+    """The backend that a call names, or in its place what `force_backend` says for "auto"."""
+    return _auto.get() if type(backend) is str and backend == "auto" else backend
+
+
 def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) -> str:
     """The name of what serves a call of `op`; compiles the native library at its first use.
 
@@ -89,31 +125,36 @@ def choose(backend: str, op: str, device: str, dtype: torch.dtype, levels: int) 
         ValueError: no backend has this name.
         BackendUnavailable: the backend that was asked for cannot run.
     """
-    return op + _find(backend, Call(op, device, dtype, levels)).suffix
+    return op + _find(wanted(backend), Call(op, device, dtype, levels)).suffix
 
 
 # What torch.compiler.assume_constant_result does, which first imports all of torch's compiler: as
 # long again as torch itself, in every process.
+wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find(backend: str, call: Call) -> Backend:
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    _check_name("backend", backend)
     if backend == "auto":
         return next(
             candidate
             for candidate in BACKENDS
             if candidate.can_run(call) is None and candidate.by_name(call) is None
         )
-    for candidate in BACKENDS:
-        if candidate.name == backend:
-            reason = candidate.can_run(call)
-            if reason is not None:
-                raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}")
-            return candidate
-    names = ", ".join(["auto", *(candidate.name for candidate in BACKENDS)])
-    raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    candidate = next(each for each in BACKENDS if each.name == backend)
+    reason = candidate.can_run(call)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run: {reason}")
+    return candidate
+
+
+def _check_name(argument: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a str, got {type(name).__name__}")
+    names = ["auto", *(candidate.name for candidate in BACKENDS)]
+    if name not in names:
+        raise ValueError(f"{argument}: expected one of {', '.join(names)}, got {name!r}")
 
 
 OPS = ("ms_deform_attn", "ms_deform_attn_from_offsets")

@@ -124,6 +124,7 @@ def ms_deform_attn(
         BackendUnavailable: the backend that was asked for cannot run; the message says why.
         NotImplementedError: a gradient of a gradient was asked for, outside torch.func.
     """
+    backend = _dispatch.wanted(backend)
     kind = None
     if _ops.is_plain():
         tensors = (value, sampling_locations, attention_weights)
@@ -241,6 +242,7 @@ def ms_deform_attn_from_offsets(
     """
     if not isinstance(return_weights, bool):
         raise TypeError(f"return_weights: expected a bool, got {type(return_weights).__name__}")
+    backend = _dispatch.wanted(backend)
     kind = None
     if _ops.is_plain():
         kind = _checks.kind(

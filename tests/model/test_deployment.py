@@ -14,6 +14,7 @@ import vitadapter
 import vitadapter_ops
 from dynamic_graphs import one_dynamic_graph_serves_all, one_dynamic_graph_trains_all
 from optional import sweep
+from vitadapter_ops.testing import force_backend
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8, "drop_path_rate": 0.0}
 MODELS = ["vit_adapter_tiny", "vitdet_tiny", "beit_adapter_base", "uniperceiver_adapter_base"]
@@ -96,12 +97,12 @@ def test_maps_are_16_bits_wide_under_autocast_without_gradients():
 
 
 @pytest.fixture(params=["reference", "native"])
-def backend(request, monkeypatch):
+def backend(request):
     """Makes deformable attention take this one."""
     if request.param == "native" and "cpu" not in vitadapter_ops.available_backends():
         pytest.skip("needs the CPU library")
-    monkeypatch.setattr(vitadapter_ops._dispatch, "choose", _choose(request.param))
-    return request.param
+    with force_backend("cpu" if request.param == "native" else request.param):
+        yield request.param
 
 
 def test_exported_model_gives_the_same_maps(backend):
@@ -131,15 +132,6 @@ def test_one_exported_program_serves_all_batches_and_image_sizes(backend):
             images = torch.randn(size)
             for got, expected in zip(program(images), model(images), strict=True):
                 torch.testing.assert_close(got, expected)
-
-
-def _choose(backend):
-    original = vitadapter_ops._dispatch.choose
-
-    def choose(asked, *arguments):
-        return original("reference" if backend == "reference" else "cpu", *arguments)
-
-    return choose
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])

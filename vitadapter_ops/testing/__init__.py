@@ -13,8 +13,12 @@ function of (value, spatial_shapes, locations, weights, level_start_index):
         gate.check(case, "fp32", compute)
 
 passes, or raises an AssertionError that names the output or gradient that is wrong.
+
+    with force_backend("reference"):
+        model(images)  # as every call with backend="auto"
 """
 
+from .._dispatch import force_backend
 from . import cases, gate, oracles, tolerances
 
-__all__ = ["cases", "gate", "oracles", "tolerances"]
+__all__ = ["cases", "force_backend", "gate", "oracles", "tolerances"]
