@@ -4,6 +4,7 @@
 The kernels are compiled from the signature, constants and options that a launch would use.
 """
 
+import dataclasses
 import re
 import subprocess
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def assert_nothing_spills(code, registers):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_forward_reads_corners_by_16_bytes(arch, dtype, tmp_path):
-    unroll = launch.source(configuration(dtype), "cuda", arch, 32).constants["UNROLL"]
+    unroll = launch.source(configuration(dtype), "cuda", arch, 32).constants["LAYOUT"].unroll
     code = compiled(arch, tmp_path, dtype)
     # 4 levels, 4 corners.
     assert code.count(r"ld\.global\.v4\.b32") == 4 * unroll * 4
@@ -100,15 +101,15 @@ def test_forward_reads_corners_by_16_bytes(arch, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_other_widths_read_no_channel_twice_and_none_too_many(dtype, channels, tmp_path):
     source = launch.source(configuration(dtype, channels), "cuda", 90, 32)
-    constants = source.constants
-    assert constants["WIDTH"] * constants["CHUNKS"] == channels
+    layout = source.constants["LAYOUT"]
+    assert layout.width * layout.chunks == channels
     code = compiled(90, tmp_path, dtype, channels)
     wide = (
         r"ld\.global\.v4\.b32"
-        if constants["VEC"] * TYPES[dtype][0].itemsize == 16
+        if layout.vec * TYPES[dtype][0].itemsize == 16
         else (r"ld\.global\.v2\.b32")
     )
-    assert code.count(wide) == 4 * constants["UNROLL"] * 4 * constants["CHUNKS"]
+    assert code.count(wide) == 4 * layout.unroll * 4 * layout.chunks
     assert code.count(r"bar\.sync|shared") == 0
     assert_nothing_spills(code, 128)
 
@@ -130,12 +131,30 @@ def test_backward_adds_by_vector_reductions(arch, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_backward_without_vector_reductions_adds_neighbouring_channels(dtype, tmp_path):
     source = launch.source(configuration(dtype, needs=VALUE_LOCATIONS_WEIGHTS), "cuda", 80, 32)
-    assert (source.constants["VEC"], source.constants["WIDTH"]) == (1, 32)
+    layout = source.constants["LAYOUT"]
+    assert (layout.vec, layout.width) == (1, 32)
     code = compiled(80, tmp_path, dtype, needs=VALUE_LOCATIONS_WEIGHTS)
     assert code.count(r"(?:red|atom)\.global\.gpu\.relaxed\.add\.f32") == 4 * 4
     assert code.count(r"\b(?:red|atom)\.global") == 4 * 4
     assert code.count(r"bar\.sync|shared") == 0
     assert_nothing_spills(code, 80)
+
+
+@pytest.mark.parametrize(
+    ("argument", "needs", "helper"),
+    [("points", None, "load_pair"), ("grad_points", VALUE_LOCATIONS_WEIGHTS, "store_pair")],
+)
+@pytest.mark.parametrize("kind", ["*i16", "*i32", "*fp8e5"])
+def test_points_of_an_unknown_dtype_do_not_compile(argument, needs, helper, kind):
+    source = launch.source(configuration(needs=needs), "cuda", 90, 32)
+    source = dataclasses.replace(source, signature={**source.signature, argument: kind})
+    with pytest.raises(triton.CompilationError) as raised:
+        source.compile(triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    causes = [str(raised.value)]
+    error = raised.value
+    while error := error.__cause__:
+        causes.append(str(error))
+    assert f"{helper}: expected fp64, fp32, fp16 or bf16" in causes[-1]
 
 
 def test_fp64_compiles(tmp_path):
@@ -159,7 +178,9 @@ FUSED = {"reference": (0, 1, 0), "points_dtype": torch.bfloat16}
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_fused_forward(arch, tmp_path):
-    unroll = launch.source(configuration("bf16", **FUSED), "cuda", arch, 32).constants["UNROLL"]
+    unroll = (
+        launch.source(configuration("bf16", **FUSED), "cuda", arch, 32).constants["LAYOUT"].unroll
+    )
     code = compiled(arch, tmp_path, "bf16", **FUSED)
     assert code.count(r"ld\.global\.v4\.b32") == 4 * unroll * 4
     # The softmax is computed by the threads that sample: nothing is carried between warps.

@@ -142,40 +142,26 @@ def source(configuration: Configuration, backend: str, arch: object, warp: int) 
     # The level table is scalars, not a tensor: no copy to the device for each image size, nothing
     # for a CUDA graph to keep alive, and the kernel reads it like its other scalars, from constant
     # memory.
-    scalars = {
-        "levels": ("i32", "i32", index) * len(c.points),
-        "queries": "i32",
-        "pixels": "i64",
-        "value_b": "i64",
-        "value_s": index,
-        "value_m": "i64",
-        "points_b": "i64",
-        "points_q": "i32",
-        "weights_b": "i64",
-        "weights_q": "i32",
-    }
-    constants: dict[str, Any] = {
-        "REFERENCE": c.reference or (0, 0, 0),
-        "HEADS": c.heads,
-        "CHANNELS": c.channels,
-        "POINTS": c.points,
-        "ROWS": tiles.rows,
-        "WIDTH": tiles.width,
-        "CHUNKS": tiles.chunks,
-        "VEC": tiles.vec,
-        "WIDE": c.wide,
-        "UNROLL": tiles.unroll,
-    }
+    sizes = kernels.Sizes(
+        levels=("i32", "i32", index) * len(c.points),
+        queries="i32",
+        pixels="i64",
+        value_b="i64",
+        value_s=index,
+        value_m="i64",
+        points_b="i64",
+        points_q="i32",
+        weights_b="i64",
+        weights_q="i32",
+    )
+    constants: dict[str, Any] = {"CONFIG": c, "LAYOUT": tiles}
     types: dict[str, Any]
     if c.needs is None:
         kernel = kernels.forward_kernel
-        constants["PACKED"] = c.dtype == torch.bfloat16 and tiles.vec > 1
         outputs = {"out": f"*{name}", "softmax": given(c.softmax, points_name)}
-        types = inputs | outputs | scalars
+        types = inputs | outputs | {"sizes": sizes}
     else:
         kernel = kernels.backward_kernel
-        names = ("NEED_VALUE", "NEED_REFERENCE", "NEED_POINTS", "NEED_WEIGHTS")
-        constants |= dict(zip(names, c.needs, strict=True))
         grads = {"grad_out": f"*{name}", "grad_softmax": given(c.softmax, points_name)}
         outputs = {
             "grad_value": gradient(0, acc_name),
@@ -183,7 +169,7 @@ def source(configuration: Configuration, backend: str, arch: object, warp: int) 
             "grad_weights": gradient(3, points_name),
             "grad_reference": gradient(1, acc_name),
         }
-        types = grads | inputs | outputs | scalars
+        types = grads | inputs | outputs | {"sizes": sizes}
     absent = dict.fromkeys(name for name, kind in types.items() if kind is None)
     signature = {name: kind or "constexpr" for name, kind in types.items()}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -374,7 +360,7 @@ def _run(
             softmax,
         )
         grid = batch * heads * -(-queries // rows)
-        scalars = (
+        sizes = kernels.Sizes(
             levels,
             queries,
             pixels,
@@ -387,9 +373,9 @@ def _run(
             weights_q,
         )
         tensors = (value, located, weights)
-        launch(grid, *leading, *tensors, reference, scale, padding, *outputs, *scalars)
+        launch(grid, *leading, *tensors, reference, scale, padding, *outputs, sizes)
     copied = any(a is not b for a, b in zip(given, tensors, strict=True))
-    return None if copied else (launch, grid, scalars)
+    return None if copied else (launch, grid, sizes)
 
 
 # Of the forward: a call whose tensors lie as those of an earlier one goes straight to its launch.
@@ -458,9 +444,9 @@ def forward(
     if known is not None:
         batch, _, heads, channels = value.shape
         out = value.new_empty((batch, attention_weights.shape[1], heads * channels))
-        launch, grid, scalars = known
+        launch, grid, sizes = known
         with _on(value.device):
-            launch(grid, *tensors, None, None, None, out, None, *scalars)
+            launch(grid, *tensors, None, None, None, out, None, sizes)
         return out
     levels = _levels(value, spatial_shapes, level_start_index)
     points = _located(value, levels, sampling_locations, attention_weights)
@@ -578,10 +564,10 @@ def forward_from_offsets(
             batch, _, heads, channels = value.shape
             out = value.new_empty((batch, attention_logits.shape[1], heads * channels))
             weights = attention_logits.new_empty(attention_logits.shape if return_weights else (0,))
-            launch, grid, scalars = known
+            launch, grid, sizes = known
             softmax = weights if return_weights else None
             with _on(value.device):
-                launch(grid, *tensors, None, out, softmax, *scalars)
+                launch(grid, *tensors, None, out, softmax, sizes)
             return out, weights
     levels = _levels(value, spatial_shapes, level_start_index)
     points = _from_offsets(
