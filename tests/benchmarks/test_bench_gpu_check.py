@@ -186,6 +186,7 @@ def test_a_run_that_is_ended_ends_its_steps_and_keeps_what_they_found(tmp_path, 
     assert [each.name for each in tmp_path.iterdir()] == ["out"]  # no temporary folder
 
 
+@pytest.mark.exhaustive
 def test_every_stage_runs_without_a_gpu_when_it_is_rehearsed(tmp_path):
     out = tmp_path / "out"
     command = [*module("gpu.check"), "--out", str(out), "--rehearse"]

@@ -35,11 +35,13 @@ def comparison():
     return paper.comparison()
 
 
+@pytest.mark.exhaustive
 def test_published_figures_come_out_to_the_printed_digit(comparison):
     """Also what catches a figure mistyped in the tables: it is counted again here."""
     assert {row[:3]: row.counted for row in comparison if row.diff != "0"} == DIFFERENT
 
 
+@pytest.mark.exhaustive
 def test_every_difference_has_its_reason(comparison):
     assert not [row for row in comparison if row.diff != "0" and row.reason in ("", "unexplained")]
     assert not [row for row in comparison if row.diff == "0" and row.reason]

@@ -26,7 +26,7 @@ from emulation import (
 )
 from once import once
 from vitadapter_ops import _extension
-from vitadapter_ops.testing import cases
+from vitadapter_ops.testing import cases, tolerances
 
 CASES = cases.SMALL
 SPECIALISED = native.head_dims()
@@ -284,7 +284,7 @@ def test_the_deterministic_gradient_scales(kernels, size):
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels)
     plain = emulate(kernels, "fp32", inputs, cotangent, fixed=True)[1].double()
     scaled = emulate(kernels, "fp32", inputs, cotangent * size, fixed=True)[1].double()
-    torch.testing.assert_close(scaled / size, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scaled / size, plain, **tolerances.CLOSE_SMALL)
 
 
 def test_rows_are_divided_exactly(kernels):

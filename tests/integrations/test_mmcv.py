@@ -11,6 +11,7 @@ import torch
 import drop_in_checks
 from optional import require_integration
 from vitadapter_ops.compat import functions, mmcv
+from vitadapter_ops.testing import tolerances
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
 PIXELS, BATCH, QUERIES, WIDTH, HEADS = 56, 2, 7, 24, 3
@@ -83,7 +84,7 @@ def test_identity_and_dropout_are_the_originals(theirs):
 
     expected = output(module.train())
     with mmcv.patch_mmcv():
-        torch.testing.assert_close(output(module), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output(module), expected, **tolerances.CLOSE_SUMS)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_state_travels_to_our_module_and_back(theirs, batch_first, make):
         )
         other.load_state_dict(copy.deepcopy(module.state_dict()), strict=True)
         got = call(padding, other, *arguments)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, **tolerances.CLOSE_SUMS)
     module.load_state_dict(other.state_dict(), strict=True)
     assert list(module.state_dict()) == list(other.state_dict())
 
@@ -337,7 +338,7 @@ def test_state_dict_and_outputs_of_a_model_are_the_originals(whole):
     for mine, theirs in zip(got, expected, strict=True):
         finite = theirs.isfinite()  # padded proposals are infinite
         assert torch.equal(finite, mine.isfinite())
-        torch.testing.assert_close(mine[finite], theirs[finite], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine[finite], theirs[finite], **tolerances.CLOSE_MODELS)
 
 
 def flat(outputs):

@@ -8,6 +8,7 @@ import torch
 
 import drop_in_checks
 from vitadapter_ops.compat import dcnv4, deformable_detr, detrex, mmcv, rtdetr
+from vitadapter_ops.testing import tolerances
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
 PIXELS = sum(height * width for height, width in SHAPES)
@@ -223,7 +224,7 @@ def test_mmcv_adds_positions_and_identity():
         module(query, value=value, query_pos=position, identity=position, **rest) - position,
         module(query, value=value, query_pos=position, residual=position, **rest) - position,
     ):
-        torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, alone, **tolerances.CLOSE)
 
 
 def test_mmcv_attends_to_the_queries_without_a_value():

@@ -15,6 +15,7 @@ from optional import require_integration, sweep
 from vitadapter_ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_from_offsets
 from vitadapter_ops.compat.onnx import PLUGIN, translation_table
 from vitadapter_ops.compat.transformers import patch_transformers
+from vitadapter_ops.testing import tolerances
 
 SHAPES = [(4, 6), (2, 3)]
 PIXELS, QUERIES, HEADS, WIDTH = 30, 5, 3, 24
@@ -128,7 +129,7 @@ class Runtime:
             expected = model(*arguments)
         expected = expected if isinstance(expected, tuple) else (expected,)
         for mine, theirs in zip(self(*arguments), expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine, theirs, **tolerances.CLOSE)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,7 +159,7 @@ def test_half_precision_is_sampled_in_single(tmp_path, capfd):
     model, arguments = Sampling(), tuple(each.half() for each in sampling())
     runtime = Runtime(saved(exported(model, arguments), tmp_path / "model.onnx"), capfd)
     (got,) = runtime(*arguments)
-    torch.testing.assert_close(got, model(*arguments), rtol=2**-10, atol=2**-10)
+    torch.testing.assert_close(got, model(*arguments), **tolerances.CLOSE_EXPORTED_16_BITS)
 
 
 # Below 18 torch itself writes 18 with dynamo=True, and says so.
@@ -220,6 +221,7 @@ def test_one_file_serves_all_sizes_of_maps(tmp_path, capfd):
         runtime.agrees(model, *maps(*sizes))
 
 
+@pytest.mark.exhaustive
 def test_one_file_of_a_vit_adapter_serves_all_image_sizes(tmp_path, capfd):
     model = vit_adapter("detection", num_interactions=1, use_extra_extractor=False)
     program = exported(
@@ -384,18 +386,18 @@ def test_an_unknown_target_is_named():
 
 
 LOAD = """
-import sys, torch, vitadapter_ops
+import sys, torch, vitadapter_ops.testing
 arguments, expected = torch.load(sys.argv[2])
 if sys.argv[3] == "export":
     model = torch.export.load(sys.argv[1]).module()
 else:
     model = torch._inductor.aoti_load_package(sys.argv[1])
-torch.testing.assert_close(model(*arguments), expected, rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(model(*arguments), expected, **vitadapter_ops.testing.tolerances.CLOSE)
 print("equal")
 """
 
 
-@pytest.mark.parametrize("kind", ["export", "aoti"])
+@pytest.mark.parametrize("kind", sweep(["export", "aoti"], "export"))
 def test_a_package_loads_by_importing_vitadapter_ops(kind, tmp_path):
     if kind == "aoti" and shutil.which("c++") is None:
         pytest.skip("AOTInductor needs a C++ compiler")

@@ -7,6 +7,7 @@ from torch import nn
 
 from optional import require_integration
 from vitadapter_ops import MSDeformAttn
+from vitadapter_ops.testing import tolerances
 
 LAYERS = ["sampling_offsets", "attention_weights", "value_proj", "output_proj"]
 INPUTS = (torch.randn(1, 5, 16), torch.rand(1, 5, 2, 2), torch.randn(1, 20, 16), [(4, 4), (2, 2)])
@@ -40,4 +41,4 @@ def test_adapters_are_used_and_merge(layers, grad):
     merged = model.merge_and_unload()
     assert all(type(layer) is nn.Linear for layer in merged.attention.children())
     with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(merged(*INPUTS), adapted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merged(*INPUTS), adapted, **tolerances.CLOSE)

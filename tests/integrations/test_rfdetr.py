@@ -10,6 +10,7 @@ import torch
 import drop_in_checks
 from optional import require_integration
 from vitadapter_ops.compat import deformable_detr, rfdetr
+from vitadapter_ops.testing import tolerances
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
 STARTS = torch.tensor([0, 40, 52])
@@ -85,7 +86,7 @@ def test_state_travels_and_gives_the_same_output(theirs, ours):
         other.load_state_dict(module.state_dict(), strict=True)
         query, value, reference = arguments
         got = other(query, reference, value, torch.tensor(SHAPES), STARTS, padding)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, **tolerances.CLOSE_SUMS)
     module.load_state_dict(other.state_dict(), strict=True)
 
 

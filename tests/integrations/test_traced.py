@@ -9,6 +9,7 @@ from torch import nn
 from optional import require_integration
 from vitadapter_ops.compat import dcnv4, deformable_detr, detrex, functions, mmcv, msda, rtdetr
 from vitadapter_ops.compat.transformers import patch_transformers
+from vitadapter_ops.testing import tolerances
 
 HEADS, WIDTH, POINTS = 3, 8, 2
 CHANNELS = HEADS * WIDTH
@@ -105,7 +106,7 @@ def test_a_patched_model_is_traced(grad):
         expected = module(images)
         traced = torch.jit.trace(module, images, check_trace=False)
     assert "vitadapter_ops::ms_deform_attn" in str(traced.inlined_graph)
-    torch.testing.assert_close(traced(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(traced(images), expected, **tolerances.CLOSE_SUMS)
 
 
 # --- integers of other kinds

@@ -12,6 +12,7 @@ from optional import require_integration
 from vitadapter_ops.compat import functions
 from vitadapter_ops.compat.kernels import MultiScaleDeformableAttention, kernel_mapping
 from vitadapter_ops.compat.transformers import MODELS, patch_transformers
+from vitadapter_ops.testing import tolerances
 from vitadapter_ops.testing.tolerances import DROP_IN_ULPS, assert_as_accurate_as_eager
 
 SHAPES = [(5, 8), (3, 4), (2, 2)]
@@ -298,7 +299,7 @@ def test_weights_are_the_same_with_and_without_gradients(name):
     with torch.no_grad():
         fused = ours(module, *given)
     for mine, other in zip(recorded, fused, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, other, **tolerances.CLOSE_SUMS)
 
 
 def test_originals_come_back():
@@ -347,7 +348,7 @@ def test_arguments_may_be_positional():
     expected = module(*arguments)
     with patch_transformers("oneformer"):
         for mine, theirs in zip(module(*arguments), expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine, theirs, **tolerances.CLOSE_SUMS)
 
 
 def test_a_call_that_the_original_refuses_is_refused():
@@ -657,7 +658,7 @@ def test_state_dict_and_outputs_are_the_originals(whole):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             finite = value.isfinite()  # padded proposals are infinite
             assert torch.equal(finite, got[key].isfinite())
-            torch.testing.assert_close(got[key][finite], value[finite], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got[key][finite], value[finite], **tolerances.CLOSE_MODELS)
             compared += 1
     assert compared >= 2
 
@@ -673,7 +674,7 @@ def test_returned_attentions_are_the_originals(transformers):
     for key in ("encoder_attentions", "cross_attentions"):
         assert len(expected[key]) == 2
         for mine, theirs in zip(got[key], expected[key], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mine, theirs, **tolerances.CLOSE_SMALL)
 
 
 @pytest.mark.parametrize("build", [deformable_detr, mask2former], ids=lambda f: f.__name__)
@@ -704,7 +705,7 @@ def test_gradients_reach_the_attentions_of_a_model(transformers, build):
     with patch_transformers(build.__name__):
         got = gradients()
     for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+        torch.testing.assert_close(mine, theirs, **tolerances.close_to_largest(theirs))
 
 
 def test_gradients_reach_the_attentions_that_a_model_returns(transformers):
@@ -725,7 +726,7 @@ def test_gradients_reach_the_attentions_that_a_model_returns(transformers):
     with patch_transformers("deformable_detr"):
         got = gradients()
     for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+        torch.testing.assert_close(mine, theirs, **tolerances.close_to_largest(theirs))
 
 
 # --- the kernels package

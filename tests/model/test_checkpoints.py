@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import vitadapter
 from vitadapter import load_checkpoint
+from vitadapter_ops.testing import tolerances
 from weights import augreg_shapes, is_loaded, values
 
 SMALL = {"embed_dim": 48, "depth": 4, "conv_inplane": 8}
@@ -164,14 +165,14 @@ def test_augreg_npz_is_transposed_as_jax_lays_it_out(tmp_path):
     )  # fmt: skip
     with torch.no_grad():
         got = block.attn.qkv(torch.from_numpy(x)).numpy()
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got, expected, **tolerances.CLOSE_MODELS)
         y = rng.standard_normal((heads, width)).astype("f")
         expected = np.einsum("hd,hdo->o", y, source[f"{attention}/out/kernel"])
         got = block.attn.proj(torch.from_numpy(y.ravel())) - block.attn.proj.bias
-        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got.numpy(), expected, **tolerances.CLOSE_MODELS)
         expected = x @ source["MlpBlock_3/Dense_0/kernel"] + source["MlpBlock_3/Dense_0/bias"]
         got = block.mlp.fc1(torch.from_numpy(x)).numpy()
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got, expected, **tolerances.CLOSE_MODELS)
     assert model.patch_embed.proj.weight[5, 2, 3, 4] == arrays["embedding/kernel"][3, 4, 2, 5]
     assert torch.equal(model.blocks[1].norm2.weight.data, torch.from_numpy(
         arrays["Transformer/encoderblock_1/LayerNorm_2/scale"]))  # fmt: skip
@@ -241,7 +242,7 @@ def test_beit_tables_are_resized_for_a_segmentation_crop(shared):
     report = load_checkpoint(model, _pretrained_beit(model, tables, shared))
     for block, table in zip(model.blocks, [tables[0]] * 4 if shared else tables, strict=True):
         got = block.attn.relative_position_bias_table.data
-        torch.testing.assert_close(got[:121], _resized(table, 7, 11), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[:121], _resized(table, 7, 11), **tolerances.CLOSE_SUMS)
         assert torch.equal(got[121:], table[-3:])
     assert len(report.resized) == 4
     assert not report.unexpected
@@ -254,7 +255,7 @@ def test_beit_tables_lose_the_class_token_for_detection():
     # Every block is the last of its quarter here, so every window is 16 wide.
     for block, table in zip(model.blocks, tables, strict=True):
         got = block.attn.relative_position_bias_table.data
-        torch.testing.assert_close(got, _resized(table, 7, 31), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, _resized(table, 7, 31), **tolerances.CLOSE_SUMS)
     assert "cls_token" in report.ignored
     model = _model("beit_adapter_base", task="detection", window_size=4, depth=8)
     tables = _tables(8, 4)

@@ -26,7 +26,7 @@ def _build(name: str, task: str = "detection", **overrides):
     return vitadapter.create_model(name, task=task, **{**SMALL, **overrides}).eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, "vit_adapter_tiny", "uniperceiver_adapter_base"))
 def test_whole_model_is_one_graph(name):
     torch._dynamo.reset()
     model = _build(name)
@@ -54,7 +54,7 @@ def test_each_block_attends_by_torchs_fused_attention(name, task, monkeypatch):
     assert len(calls) == model.depth == SMALL["depth"]
 
 
-@pytest.mark.parametrize("name", sweep(MODELS, "vit_adapter_tiny", "beit_adapter_base"))
+@pytest.mark.parametrize("name", sweep(MODELS, "vit_adapter_tiny"))
 def test_one_dynamic_graph_serves_all_image_sizes(name):
     overrides = {"window_size": 4, "num_heads": 3}
     if "adapter" in name:
@@ -64,6 +64,7 @@ def test_one_dynamic_graph_serves_all_image_sizes(name):
     )
 
 
+@pytest.mark.exhaustive
 def test_one_dynamic_graph_trains_on_all_batches_and_image_sizes(randomise):
     overrides = {"window_size": 4, "num_heads": 3, "num_interactions": 1}
     model = randomise(_build("vit_adapter_tiny", use_extra_extractor=False, **overrides))
@@ -96,7 +97,7 @@ def test_maps_are_16_bits_wide_under_autocast_without_gradients():
         assert {m.dtype for m in model.train()(images)} == {torch.float32}
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=sweep(["reference", "native"], "native"))
 def backend(request):
     """Makes deformable attention take this one."""
     if request.param == "native" and "cpu" not in vitadapter_ops.available_backends():

@@ -34,6 +34,7 @@ def test_data_parallel_training_tells_of_no_warnings(tmp_path):
     assert torch.load(tmp_path / "warnings.pth") == []
 
 
+@pytest.mark.exhaustive
 def test_any_part_may_be_sharded_alone(tmp_path):
     children.spawn(distributed_steps.each_part_sharded, distributed_steps.RANKS, tmp_path)
     results = torch.load(tmp_path / "results.pth")
@@ -43,6 +44,7 @@ def test_any_part_may_be_sharded_alone(tmp_path):
         torch.testing.assert_close(got, expected, msg=lambda m, part=part: f"{part}: {m}")
 
 
+@pytest.mark.exhaustive
 def test_processes_that_hang_are_ended():
     with pytest.warns(UserWarning, match="over 3 s"), pytest.raises(TimeoutError):
         children.spawn(distributed_steps.wait, distributed_steps.RANKS, limit=3)

@@ -209,6 +209,7 @@ def test_beit_for_segmentation_takes_images_of_its_size():
         model(*pad_images(_images([(64, 64), (30, 60)])))
 
 
+@pytest.mark.exhaustive
 def test_compiled_models_read_the_sizes_of_each_batch():
     torch._dynamo.reset()
     model = _with_statistics(

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vitadapter
 from vitadapter_ops import MSDeformAttn
+from vitadapter_ops.testing import tolerances
 
 
 class Attention(MSDeformAttn):
@@ -104,7 +105,7 @@ def test_an_average_of_weights_is_used(built):
         for mine, first in zip(halfway.parameters(), before.parameters(), strict=True):
             mine.lerp_(first, 0.5)
         for got, expected in zip(results(average, x), results(halfway, x), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, expected, **tolerances.CLOSE_SUMS)
 
 
 @pytest.mark.parametrize("inference", [torch.inference_mode, torch.no_grad])

@@ -7,13 +7,14 @@ import shutil
 import pytest
 
 import children
+from optional import sweep
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"
 )
 
 
-@pytest.mark.parametrize("isa", children.ISAS)
+@pytest.mark.parametrize("isa", sweep(children.ISAS, "baseline"))
 def test_passes_the_tests_of_the_cpu_kernels(isa):
     children.require_isa(isa)
     # The interpreter's lock is the same for all, and its test needs a long call.

@@ -11,7 +11,7 @@ from vitadapter_ops import (
     ms_deform_attn,
     ms_deform_attn_from_offsets,
 )
-from vitadapter_ops.testing import cases, gate
+from vitadapter_ops.testing import cases, gate, tolerances
 from vitadapter_ops.testing.tolerances import DERIVATIVE_ULPS, assert_same_definition
 
 OPS = torch.ops.vitadapter_ops
@@ -188,7 +188,7 @@ def test_a_scale_has_derivatives_or_says_that_it_has_none():
     gradient = (torch.func.grad(function)(scale) * direction).sum()
     _, tangent = torch.func.jvp(function, (scale,), (direction,))
     assert abs(expected) > 1e-2
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, **tolerances.CLOSE_DERIVATIVES)
     torch.testing.assert_close(tangent, gradient)
     with pytest.raises(NotImplementedError, match=r"^offset_scale: expected"):
         function(scale.clone().requires_grad_())

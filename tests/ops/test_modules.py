@@ -8,6 +8,7 @@ import torch
 
 from vitadapter_ops import MSDeformAttn, ms_deform_attn
 from vitadapter_ops.modules import offsets_and_logits
+from vitadapter_ops.testing import tolerances
 
 SHAPES = [(4, 6), (2, 3)]
 
@@ -54,7 +55,7 @@ def test_forward_equals_the_chain_by_hand(reference, ratio):
     m = module(ratio=ratio)
     got = m(query, points, feature, SHAPES, input_padding_mask=mask)
     expected = by_hand(m, query, points, feature, mask)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.double(), expected, **tolerances.CLOSE)
 
 
 def test_reference_points_broadcast_over_the_batch():

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from optional import sweep
+
 triton = pytest.importorskip("triton")
 
 from vitadapter_ops.triton import launch, tuning  # noqa: E402
@@ -83,7 +85,7 @@ def assert_nothing_spills(code, registers):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", sweep(ARCHITECTURES, "90"))
 def test_forward_reads_corners_by_16_bytes(arch, dtype, tmp_path):
     unroll = launch.source(configuration(dtype), "cuda", arch, 32).constants["LAYOUT"].unroll
     code = compiled(arch, tmp_path, dtype)
@@ -176,7 +178,7 @@ def test_only_what_is_needed_is_computed(tmp_path):
 FUSED = {"reference": (0, 1, 0), "points_dtype": torch.bfloat16}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", sweep(ARCHITECTURES, "90"))
 def test_fused_forward(arch, tmp_path):
     unroll = (
         launch.source(configuration("bf16", **FUSED), "cuda", arch, 32).constants["LAYOUT"].unroll
@@ -188,7 +190,7 @@ def test_fused_forward(arch, tmp_path):
     assert_nothing_spills(code, 64)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", sweep(ARCHITECTURES, "90"))
 def test_fused_backward(arch, tmp_path):
     changes = {"reference": (1, 4, 1), "scaled": True, "padded": True, "softmax": True}
     for needs in (VALUE_LOCATIONS_WEIGHTS, EVERYTHING):

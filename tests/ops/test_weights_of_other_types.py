@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 from vitadapter_ops import MSDeformAttn
 from vitadapter_ops.linear import is_plain, project
+from vitadapter_ops.testing import tolerances
 
 INPUTS = (torch.randn(2, 5, 16), torch.rand(2, 5, 1, 2), torch.randn(2, 30, 16), [(4, 6), (2, 3)])
 LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
@@ -148,7 +149,7 @@ def test_several_modules_are_mapped_at_once():
     parameters, _ = torch.func.stack_module_state(members)
     got = torch.vmap(lambda p: torch.func.functional_call(members[0], p, INPUTS))(parameters)
     for member, out in zip(members, got, strict=True):
-        torch.testing.assert_close(out, member(*INPUTS), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, member(*INPUTS), **tolerances.CLOSE)
 
 
 @pytest.mark.parametrize("grad", [True, False])

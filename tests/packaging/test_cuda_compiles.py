@@ -45,10 +45,10 @@ class Compiled(NamedTuple):
 
 # Two units of each direction, for one architecture: a sixth of all that is compiled.
 QUICK = (
-    "backward_float32",
-    "backward_bfloat16_float32",
-    "forward_float32",
-    "forward_bfloat16_float32",
+    "backward_fp32",
+    "backward_bf16_points_fp32",
+    "forward_fp32",
+    "forward_bf16_points_fp32",
 )
 
 

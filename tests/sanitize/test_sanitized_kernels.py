@@ -22,6 +22,9 @@ import mutants
 from once import once
 from vitadapter_ops import _extension
 
+# Compiling for the sanitizers takes a minute.
+pytestmark = pytest.mark.exhaustive
+
 EVERYTHING = os.environ.get("SANITIZE_EVERYTHING") == "1"
 ISAS = children.ISAS if EVERYTHING else ("baseline",)
 CXX = os.environ.get("CXX", "c++")

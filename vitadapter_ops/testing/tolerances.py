@@ -87,6 +87,30 @@ MAP_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 # largest value: beyond it a benchmark prints no ratio of times.
 DROP_IN_MODEL_SHARE = 1e-4
 
+# For torch.testing.assert_close. Two ways to one fp32 result of a few products, as a module and its
+# merged, traced or quantised self: units in the last place of values around 1, 6e-8 each.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# ... of sums over hundreds of terms in another order, such as gradients of weights.
+CLOSE_SUMS = {"rtol": 1e-4, "atol": 1e-5}
+# ... of a whole model, or of positions resized by another library's arithmetic.
+CLOSE_MODELS = {"rtol": 1e-4, "atol": 1e-4}
+# ... of values far below 1.
+CLOSE_SMALL = {"rtol": 1e-4, "atol": 1e-6}
+CLOSE_DERIVATIVES = {"rtol": 1e-5, "atol": 1e-6}
+# The same values; NaN and another dtype are no equal ones.
+EQUAL = {"rtol": 0.0, "atol": 0.0}
+# An exported fp16 program against eager fp16: one rounding, 2^-10 of values around 1.
+CLOSE_EXPORTED_16_BITS = {"rtol": 2**-10, "atol": 2**-10}
+# Two runs on a GPU, whose atomics add in another order, in 16 bits.
+CLOSE_ON_GPU = {"rtol": 2e-2, "atol": 1e-3}
+# bf16 on maps of thousands of pixels, whose coordinates in fp32 leave a thousandth of a pixel.
+CLOSE_FAR_AWAY = {"rtol": 2e-2, "atol": 2e-2}
+
+
+def close_to_largest(expected: Tensor) -> dict[str, float]:
+    """Of gradients of a whole foreign model in fp32, as a share of the largest of each."""
+    return {"rtol": 1e-3, "atol": 1e-3 * expected.abs().max().item()}
+
 
 def eps(dtype: torch.dtype) -> float:
     """One unit in the last place of 1."""
