@@ -28,6 +28,7 @@ from benchmarks.models.attention_models import (
 )
 from benchmarks.paper import costs
 from benchmarks.paper.costs import Size
+from vitadapter.analysis import counting
 from vitadapter_ops.testing import cases, gate
 
 # Of the heads of ViT-Adapter-S.
@@ -46,8 +47,8 @@ def count(rows: Sequence[Row], size: Size) -> dict[str, Any]:
         with torch.device("meta"):  # only shapes are needed
             model = build(row)
         detector = costs.head_cost("Mask R-CNN", model.embed_dim, PAPER_SIZE)
-        whole = costs.count(model, costs.images(PAPER_SIZE)) + detector
-        backbone = costs.count(model, costs.images(size))
+        whole = counting.count(model, PAPER_SIZE) + detector
+        backbone = counting.count(model, size)
         settings["paper_setting"]["rows"][row.name] = asdict(whole)
         settings["measured_setting"]["rows"][row.name] = asdict(backbone)
     return settings

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper import cost_heads
-from benchmarks.paper.paper_count import paper_count
 from vitadapter import ViTAdapter
-from vitadapter.analysis import counting
+from vitadapter.analysis.counting import Cost, count, count_on
 from vitadapter.backbones.plain_vit import PlainViT
 from vitadapter.config import backbone_arguments
 from vitadapter.models import create_model
@@ -23,29 +22,6 @@ Size = tuple[int, int]  # height, width
 Options = tuple[tuple[str, Any], ...]  # arguments of create_model
 
 SIZES: dict[str, Size] = {"detection": (800, 1280), "segmentation": (512, 512)}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A `counting.Cost`, and multiply-adds by the published convention, see `paper_count`."""
-
-    params: int
-    paper: int
-    full: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.paper + other.paper, self.full + other.full)
-
-
-def count(module: nn.Module, inputs: Any) -> Cost:
-    """Counts one pass on inputs on the meta device: a batch of images, or a head's maps."""
-    with paper_count(module) as paper:  # by hooks, which the counted copy of the module has too
-        cost = counting.count_on(module, inputs)
-    return Cost(cost.params, paper.total, cost.full)
-
-
-def images(size: Size) -> Tensor:
-    return torch.empty(1, 3, *size, device="meta")
 
 
 @dataclass(frozen=True)
@@ -90,7 +66,7 @@ def head_cost(name: str, embed_dim: int, image_size: Size) -> Cost:
         if not head.runs:
             return Cost(sum(p.numel() for p in module.parameters()), 0, 0)
         sizes = [[-(-side // stride) for side in image_size] for stride in ViTAdapter.strides]
-        return count(module, [torch.empty(1, embed_dim, *size) for size in sizes])
+        return count_on(module, [torch.empty(1, embed_dim, *size) for size in sizes])
 
 
 class _OnlyViT(PlainViT):
@@ -112,4 +88,4 @@ def backbone_cost(
     with torch.device("meta"):
         model = create_model(name, task=task, **dict(options))
         counted = _OnlyViT(**backbone_arguments(model.config, PlainViT)) if only_vit else model
-    return model.embed_dim, count(counted, images(image_size))
+    return model.embed_dim, count(counted, image_size)

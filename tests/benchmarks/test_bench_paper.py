@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.paper import comparison as paper
 from benchmarks.paper import cost_heads, costs
 from benchmarks.paper.tables import PUBLISHED, Published
+from vitadapter.analysis.counting import count, count_on
 from vitadapter.layers.attention import build_attention
 from vitadapter.models import create_model
 
@@ -132,6 +133,7 @@ def test_table_10_adds_up():
         assert parts["vit"] + parts["adapter"] == pytest.approx(parts["all"])
 
 
+@pytest.mark.exhaustive
 def test_beit_uper_net_row_comes_out_for_smaller_crops_and_for_no_other_reason():
     """Why 451 stands beside 451.92, and why nothing was left out."""
 
@@ -159,9 +161,9 @@ def test_a_whole_costs_what_its_backbone_and_its_head_cost(task, head):
     with torch.device("meta"):
         backbone = create_model("vit_adapter_tiny", task=task)
         whole = nn.Sequential(backbone, costs.HEADS[head].build(backbone.embed_dim))
-    parts = costs.count(backbone, costs.images(size))
+    parts = count(backbone, size)
     parts += costs.head_cost(head, backbone.embed_dim, size)
-    assert costs.count(whole, costs.images(size)) == parts
+    assert count(whole, size) == parts
 
 
 @pytest.mark.parametrize("row", [PUBLISHED[0], PUBLISHED[2]], ids=lambda row: row.model)
@@ -183,7 +185,7 @@ def test_convention_counts_modules_as_its_rules_say():
             return self.fc(self.relu(self.norm(self.conv(x))).mean((2, 3)))
 
     net = Net()
-    cost = costs.count(net, costs.images((8, 8)))
+    cost = count(net, (8, 8))
     assert cost.paper == 16 * 8 * 27 + 16 * 8 + 16 * 8 + 8 * 5
     assert not net.conv._forward_hooks
 
@@ -198,5 +200,5 @@ def test_sampling_is_free_in_the_convention():
             return self.attention(x, [(4, 5)], x, [(4, 5)])
 
     with torch.device("meta"):
-        cost = costs.count(Layer(), torch.empty(1, 20, 12))
+        cost = count_on(Layer(), torch.empty(1, 20, 12))
     assert cost.paper == 20 * 12 * (24 + 12 + 12 + 12)

@@ -65,4 +65,4 @@ def test_counting_feeds_the_models_own_number_of_channels():
     costs = [count(build("plain", in_chans=number), (64, 64)) for number in (3, 5)]
     # Two more channels in the stem's first convolution, 3 x 3 and 4 wide, and in 16 x 16 patches.
     assert costs[1].params - costs[0].params == 2 * (9 * 4 + 256 * 32)
-    assert costs[1].full - costs[0].full == 2 * (32**2 * 9 * 4 + 4**2 * 256 * 32)
+    assert costs[1].paper - costs[0].paper == 2 * (32**2 * 9 * 4 + 4**2 * 256 * 32)

@@ -48,6 +48,7 @@ def test_simple_modules_cost_what_the_rules_say():
     cost = count(Net(), (8, 8))
     pixels = 4 * 4
     conv = pixels * 8 * 27 + pixels * 8
+    assert cost.paper == conv + pixels * 8 + 8 * 5
     assert cost.full == conv + 2 * pixels * 8 + pixels * 8 + 8 * 5 + 5
     assert cost.params == 8 * 27 + 8 + 16 + 45
 

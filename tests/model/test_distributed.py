@@ -62,6 +62,7 @@ def test_an_error_of_one_process_is_told_and_ends_all(fail):
     assert not torch.multiprocessing.active_children()
 
 
+@pytest.mark.exhaustive
 def test_where_torch_fails_too_a_test_is_skipped(monkeypatch):
     monkeypatch.setattr(children, "_train_torchs_own", distributed_steps.fail)
     with pytest.raises(pytest.skip.Exception, match=r"(?s)cannot train .*: 1 wrong"):

@@ -15,7 +15,10 @@ LARGE = "not vit_adapter and not 1000 and not same_bits and not repeat_to_the_bi
 SAME = "(fp32 or bf16) and not points_fp32"
 # Each a part of the tests of all backends, in a process of its own: every kind once or twice.
 PARTS = {
-    "kernels": (["test_triton_kernels.py"], ""),
+    "kernels": (
+        ["test_triton_kernels.py"],
+        "not (opcheck and permuted) and not (misaligned and bf16)",
+    ),
     "located": (
         ["test_backends.py"],
         f"{LARGE} and (not small_shapes or row-map or {SAME} and "
@@ -25,10 +28,11 @@ PARTS = {
     "fused": (
         ["test_from_offsets.py"],
         f"triton-on-cpu and {LARGE} and (not small_shapes or row-map or {SAME} and "
-        "(one-of or shared-boxes or a-level-without-points or permuted))"
+        "(one-of or shared-boxes or a-level-without-points))"
         " and (not gradcheck or one-of)"
         " and (not non_finite or nan-offset or 1e+30-reference or -inf-box)"
-        " and (not extreme_logits or 10000.0) and (not any_byte or 255)",
+        " and (not extreme_logits or 10000.0) and (not any_byte or 255)"
+        " and (not one_projection or three-levels)",
     ),
     "others": (
         ["test_infinities.py", "test_registration.py", "test_empty.py"],
@@ -39,6 +43,7 @@ PARTS = {
 }
 # Those of more shapes, dtypes and numbers.
 SWEEPS = {
+    "kernels": (["test_triton_kernels.py"], "opcheck or misaligned"),
     "shapes": (["test_backends.py"], f"small_shapes and {SAME}"),
     "dtypes": (["test_backends.py"], "small_shapes and channels-12"),
     "locations": (["test_backends.py"], "non_finite"),
@@ -50,7 +55,7 @@ SWEEPS = {
     "fused dtypes": (["test_from_offsets.py"], "small_shapes and scaled-boxes"),
     "fused numbers": (
         ["test_from_offsets.py"],
-        "triton-on-cpu and (non_finite or extreme_logits or any_byte)",
+        "triton-on-cpu and (non_finite or extreme_logits or any_byte or one_projection)",
     ),
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .full_count import full_count
+from .paper_count import paper_count
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,17 @@ class Cost:
 
     Attributes:
         params: trainable parameters.
-        full: all operations, see `full_count`: a multiply-add is one, and so is every elementwise
-            operation.
+        paper: multiply-adds by the published convention, see `paper_count`.
+        full: all operations, in the same unit, see `full_count`: also what the convention leaves
+            out, such as the sampling of deformable attention, softmax and batch norms.
     """
 
     params: int
+    paper: int
     full: int
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.full + other.full)
+        return Cost(self.params + other.params, self.paper + other.paper, self.full + other.full)
 
 
 def count(model: nn.Module, image_size: tuple[int, int]) -> Cost:
@@ -50,12 +53,10 @@ def count_on(module: nn.Module, inputs: Any) -> Cost:
     """`count` of any module, on inputs on the meta device."""
     params = sum(p.numel() for p in module.parameters() if p.requires_grad)
     module = _on_meta(module).eval()
-    for part in module.modules():
-        # Under watch no layer becomes part of another: norms are counted where they stand.
-        part.register_forward_hook(lambda *_: None)
-    with torch.no_grad(), full_count() as full:
+    # The hooks of `paper_count` also keep layers apart: norms are counted where they stand.
+    with torch.no_grad(), paper_count(module) as paper, full_count() as full:
         module(inputs)
-    return Cost(params, full.total)
+    return Cost(params, paper.total, full.total)
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

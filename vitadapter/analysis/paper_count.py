@@ -23,9 +23,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitadapter.backbones.windows import SelfAttention
-from vitadapter.layers.attention import CSwinAttention, DeformableAttention, DenseAttention
-from vitadapter.layers.attention.cswin import group_counts
+from ..backbones.windows import SelfAttention
+from ..layers.attention import CSwinAttention, DeformableAttention, DenseAttention
+from ..layers.attention.cswin import group_counts
 
 Rule = Callable[[Any, tuple[Any, ...], Tensor], int]
 
