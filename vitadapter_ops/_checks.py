@@ -20,7 +20,6 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 # Of value; the only list of them in Python.
 FLOATING = (torch.float64, torch.float32, *SIXTEEN_BITS)
 
-MAX_LEVELS = 64  # of the kernels; csrc/params.h: kMaxLevels
 
 _PLAIN = frozenset((tuple, list, torch.Size))
 

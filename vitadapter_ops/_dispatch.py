@@ -93,8 +93,9 @@ def force_backend(name: str) -> Iterator[None]:
     """Within it every call of this thread that leaves the choice to "auto" runs on one backend.
 
     That is what modules, drop-ins and models do; a call that names a backend keeps it. Contexts
-    nest, and end with an error as without. Other threads and what was compiled or exported before
-    are not affected; a backward runs where its forward did.
+    nest, and end with an error as without. Other threads are not affected, nor is what was compiled
+    or exported before; what is compiled or exported within keeps the backend. A backward runs where
+    its forward did; what activation checkpointing computes again, where the backward is called.
 
     Args:
         name: "cuda", "triton", "cpu" or "reference"; "auto" undoes an outer context.
@@ -181,6 +182,8 @@ def explain_backend(
 ) -> str:
     """Says, a line for each backend, which one `auto` takes and why the others do not run.
 
+    Within `vitadapter_ops.testing.force_backend` that is the one which it names.
+
     Args:
         device: where the tensors are.
         dtype: the dtype of value.
@@ -195,14 +198,16 @@ def explain_backend(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     call = Call(op, torch.device(device).type, dtype)
-    chosen = _find("auto", call)
+    asked = wanted("auto")
+    by = "auto" if asked == "auto" else "force_backend"
+    chosen = _find("auto", call).name if asked == "auto" else asked
     lines = [f"{op} on {call.device}, {str(dtype).removeprefix('torch.')}:"]
     for backend in BACKENDS:
         reason = backend.can_run(call)
         if reason is not None:
             state = f"cannot run: {reason}"
-        elif backend is chosen:
-            state = "chosen by auto" + _detail(backend.name)
+        elif backend.name == chosen:
+            state = f"chosen by {by}" + _detail(backend.name)
         else:
             why = backend.by_name(call)
             state = "can run" if why is None else f"can run, but only by name: {why}"

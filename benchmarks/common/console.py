@@ -6,20 +6,22 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
-
 from benchmarks.common import report
+from benchmarks.common.packages import named_if_missing
+
+with named_if_missing("`pip install '.[bench]'` in the checkout installs what benchmarks need."):
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+    from rich.text import Text
 
 # Everything that saves columns: the tables are to fit into a terminal of 100.
 LOOK: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -64,10 +65,29 @@ def device(text: str) -> str:
     return text
 
 
+# Beyond any machine; OpenMP ends the process where it gets too many.
+MOST_THREADS = 4096
+
+
+def threads(text: str) -> int:
+    value = positive(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got {text!r}")
+    return value
+
+
 def folder(text: str) -> Path:
+    """A folder that can be written to, made where there is none: known before hours of work."""
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is not a folder")
+    if path.resolve() == report.RESULTS:
+        raise argparse.ArgumentTypeError(f"{path} holds what is published: expected --publish")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {path}: {error.strerror}") from None
     return path
 
 
@@ -85,7 +105,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=threads,
         default=torch.get_num_threads(),
         help="CPU threads for torch (default: torch's own choice)",
     )

@@ -145,8 +145,10 @@ def _version(package: str) -> str | None:
 
 def git_state() -> dict[str, Any]:
     """The checkout's commit, and whether files were changed since; Nones outside a checkout."""
-    commit = _output_of("git", "rev-parse", "--verify", "HEAD", cwd=REPOSITORY)
-    changed = None
+    commit = changed = None
+    top = _output_of("git", "rev-parse", "--show-toplevel", cwd=REPOSITORY)
+    if top and Path(top).resolve() == REPOSITORY:  # and not a copy in another project's checkout
+        commit = _output_of("git", "rev-parse", "--verify", "HEAD", cwd=REPOSITORY)
     if commit is not None:
         # Results are rewritten by the run itself and say nothing about the code that ran.
         status = _output_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import subprocess
 
 import pytest
 import torch
@@ -78,6 +79,27 @@ def test_cases_are_chosen_by_any_pattern_in_their_own_order(parser):
     chosen = [case.name for case in options.matching(cases.BENCH, args.cases)]
     assert chosen == ["injector-S-512", "injector-B-512", "injector-L-512", "encoder-detr"]
     assert options.matching(cases.BENCH, None) == cases.BENCH
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", str(report.RESULTS)], "holds what is published: expected --publish"),
+        (["--out", "/proc/no-such"], "cannot write to /proc/no-such"),
+        (["--threads", "1000000"], "expected at most 4096, got '1000000'"),
+    ],
+)
+def test_what_would_fail_after_the_work_is_refused_before(
+    parser, checkout, capsys, arguments, message
+):
+    assert message in refused(parser, capsys, *arguments)
+
+
+def test_a_copy_in_another_checkout_has_no_commit(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "vendored").mkdir()
+    monkeypatch.setattr(report, "REPOSITORY", tmp_path / "vendored")
+    assert report.git_state() == {"commit": None, "uncommitted_changes": None}
 
 
 def test_publishing_writes_to_the_tracked_folder(parser, checkout):

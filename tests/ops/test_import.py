@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import children
-from vitadapter_ops import _call_cache, _dispatch
+from vitadapter_ops import _call_cache, _dispatch, functional, ms_deform_attn
 
 
 def test_importing_leaves_torchs_compiler_alone():
@@ -29,9 +29,9 @@ def test_the_choice_is_marked_as_torch_marks_constants(marked):
     assert vars(function).items() <= vars(marked).items()
 
 
-def test_a_full_cache_of_calls_forgets(monkeypatch):
+def test_calls_of_ever_new_sizes_are_not_all_remembered(monkeypatch):
     monkeypatch.setattr(_call_cache, "MOST", 2)
-    cache = _call_cache.CallCache()
-    for kind in range(3):
-        cache[kind] = str(kind)
-    assert cache == {2: "2"}
+    for queries in range(1, 8):
+        points = torch.rand(1, queries, 1, 1, 1, 2)
+        ms_deform_attn(torch.ones(1, 4, 1, 4), [(2, 2)], points, points[..., 0])
+        assert len(functional._plans) <= 2

@@ -11,6 +11,7 @@ from vitadapter_ops import (
     MSDeformAttn,
     _checks,
     available_backends,
+    explain_backend,
     ms_deform_attn,
 )
 from vitadapter_ops.testing import cases, force_backend, gate, oracles
@@ -60,6 +61,48 @@ def test_a_wrong_backend_is_refused(wrong, error):
 
     with pytest.raises(AssertionError, match=error):
         gate.check(CASE, "fp32", compute)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (
+            lambda v, s, at, w, starts=None: oracles.grid_sample(v, s, at.detach(), w, starts),
+            "^gradient of locations: there is none",
+        ),
+        (lambda *args: oracles.grid_sample(*args).detach(), "^output: has no gradient"),
+        (lambda *args: oracles.grid_sample(*args)[:, :-1], "^output: shape"),
+        (lambda *args: None, "^output: expected a tensor, got NoneType"),
+        (
+            lambda v, s, at, w, starts=None: oracles.grid_sample(v, s, at.flip(-1), w, starts),
+            "^output: error",
+        ),
+    ],
+)
+def test_what_run_finds_wrong_is_named(wrong, error):
+    with pytest.raises(AssertionError, match=error):
+        _held(wrong)
+
+
+def test_one_result_of_the_fused_operator_is_too_few():
+    case = cases.OFFSETS[0]
+
+    def compute(inputs, cotangents):
+        return gate.run_offsets(lambda *args: oracles.from_offsets(*args)[0], inputs, cotangents)
+
+    with pytest.raises(AssertionError, match=r"^expected output and weights, got Tensor"):
+        gate.check_offsets(case, "fp32", compute)
+
+
+def test_inputs_that_are_changed_are_nobody_elses():
+    def spoil(inputs, cotangent):
+        for tensor in inputs.tensors:
+            tensor.zero_()
+        return gate.run(oracles.grid_sample, inputs, cotangent)
+
+    for _ in range(2):
+        with pytest.raises(AssertionError):
+            gate.check(CASE, "fp64", spoil)
 
 
 def test_wrong_uses_are_named():
@@ -152,3 +195,10 @@ def launch_types():
     from vitadapter_ops.triton import launch
 
     return launch._TYPES
+
+
+def test_the_explanation_names_the_forced_backend():
+    with force_backend("reference"):
+        said = explain_backend()
+    assert "reference  chosen by force_backend" in said
+    assert "chosen by auto" not in said

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import _dispatch
 from .. import _ops as _ops  # registers the operators
 
 __all__ = ["PLUGIN", "translation_table"]
@@ -44,8 +45,8 @@ def translation_table(target: str = "standard") -> dict[Callable[..., Any], Call
         return {}
     write, ops = _plugin_writer(), torch.ops.vitadapter_ops
     # What else there is comes down to this operator, see `_grid_sample.py`.
-    names = ("ms_deform_attn", "ms_deform_attn_reference", "ms_deform_attn_triton")
-    return {getattr(ops, name).default: write for name in names if hasattr(ops, name)}
+    names = {f"ms_deform_attn{backend.suffix}" for backend in _dispatch.BACKENDS}
+    return {getattr(ops, name).default: write for name in sorted(names)}
 
 
 def _plugin_writer() -> Callable[..., Any]:

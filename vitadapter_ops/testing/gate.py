@@ -51,8 +51,30 @@ def run(function: Callable[..., Tensor], inputs: cases.Inputs, cotangent: Tensor
     """
     tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
     out = function(tensors[0], inputs.spatial_shapes, *tensors[1:], inputs.level_start_index)
-    grads = torch.autograd.grad(out, tensors, cotangent.to(out))
-    return [t.detach().cpu() for t in (out, *grads)]
+    return _with_gradients(NAMES, (out,), tensors, (cotangent,))
+
+
+def _with_gradients(
+    names: Sequence[str],
+    outs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """Outputs and the gradients of `tensors`, on the CPU; names are those of all of them."""
+    for name, out, cotangent in zip(names, outs, cotangents, strict=False):
+        require(isinstance(out, Tensor), f"{name}: expected a tensor, got {type(out).__name__}")
+        shape, expected = list(out.shape), list(cotangent.shape)
+        require(shape == expected, f"{name}: shape {shape}, not {expected}")
+        require(out.requires_grad, f"{name}: has no gradient")
+    grads = torch.autograd.grad(
+        outs,
+        tensors,
+        [cotangent.to(out) for cotangent, out in zip(cotangents, outs, strict=True)],
+        allow_unused=True,
+    )
+    for name, grad in zip(names[len(outs) :], grads, strict=True):
+        require(grad is not None, f"{name}: there is none")
+    return [t.detach().cpu() for t in (*outs, *grads)]
 
 
 def dense_permuted(tensor: Tensor) -> Tensor:
@@ -134,7 +156,8 @@ def check(
         ValueError: dtypes is no such name.
     """
     dtype, points = _dtypes(dtypes)
-    inputs = cases.drawn(case).to(dtype, points=points)
+    # A copy: others get the same inputs, whatever `compute` does to them.
+    inputs = cases.drawn(case).copy().to(dtype, points=points)
     cotangent = _cotangent(case, dtype)
     at_judge = cotangent.to(judge)
     exact = run(op("reference"), inputs.to(torch.float64, judge), at_judge)
@@ -233,10 +256,9 @@ def run_offsets(
     """
     tensors = [t.detach().clone().requires_grad_() for t in inputs.tensors]
     outs = function(inputs, *tensors)
-    grads = torch.autograd.grad(
-        outs, tensors, [c.to(out) for c, out in zip(cotangents, outs, strict=True)]
-    )
-    return [t.detach().cpu() for t in (*outs, *grads)]
+    pair = isinstance(outs, tuple) and len(outs) == 2
+    require(pair, f"expected output and weights, got {type(outs).__name__}")
+    return _with_gradients(OFFSET_NAMES, outs, tensors, cotangents)
 
 
 def check_offsets(
