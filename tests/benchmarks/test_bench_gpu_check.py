@@ -171,7 +171,12 @@ def test_a_run_that_is_ended_ends_its_steps_and_keeps_what_they_found(tmp_path, 
     command = [*module("gpu.check"), "--out", str(out), "--rehearse"]
     command += ["--stages", "smoke"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
+    # A job in the background ignores SIGINT, which its children would inherit.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(command, start_new_session=True, env=environment)
+    finally:
+        signal.signal(number, before)
     wait_until((out / "smoke-cuda.log").exists)
     started = children_of(process.pid)
     assert len(started) >= 2
