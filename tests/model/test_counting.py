@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitadapter.analysis.counting import count
+from vitadapter.analysis.counting import count, count_on
 from vitadapter.analysis.full_count import SOFTMAX, full_count
 from vitadapter.layers.attention import build_attention
 from vitadapter_ops import ms_deform_attn_from_offsets
@@ -45,7 +45,9 @@ def test_simple_modules_cost_what_the_rules_say():
         def forward(self, x):
             return self.fc(self.relu(self.norm(self.conv(x))).mean((2, 3)))
 
-    cost = count(Net(), (8, 8))
+    net = Net()
+    cost = count(net, (8, 8))
+    assert not net.conv._forward_hooks
     pixels = 4 * 4
     conv = pixels * 8 * 27 + pixels * 8
     assert cost.paper == conv + pixels * 8 + 8 * 5
@@ -86,6 +88,20 @@ def test_deformable_sampling_is_counted_in_full():
     # Offsets in fractions (divide, add: 2 each per coordinate) and softmax.
     coordinates = samples * 2 * 2 + samples * SOFTMAX
     assert total.total == linears + sampling + points + coordinates
+
+
+def test_sampling_is_free_in_the_convention():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = build_attention("deformable", 12, 3, 1)
+
+        def forward(self, x):
+            return self.attention(x, [(4, 5)], x, [(4, 5)])
+
+    with torch.device("meta"):
+        cost = count_on(Layer(), torch.empty(1, 20, 12))
+    assert cost.paper == 20 * 12 * (24 + 12 + 12 + 12)
 
 
 def test_fused_sampling_costs_what_its_parts_cost():
